@@ -1,0 +1,124 @@
+"""torch.export, and the way from an ExportedProgram to a KVProgram."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from kvpass.errors import UnsupportedModelError
+from kvpass.ir.form import Form
+from kvpass.ir.printer import op_name
+from kvpass.ir.program import KVProgram, Port, Role
+from kvpass.ir.propagate import assign_values
+from kvpass.ir.symbols import SymbolicShapes
+
+# Sizes of the example. A dynamic size of 1 would be frozen, and equal sizes could be taken for one another.
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 24
+
+
+class _Signature(nn.Module):
+    """Gives every model the signature (input_ids, position_ids) -> logits."""
+
+    def __init__(self, model: nn.Module, fixed: Mapping[str, object]) -> None:
+        super().__init__()
+        self.model = model
+        self.fixed = dict(fixed)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        result = self.model(input_ids=input_ids, position_ids=position_ids, **self.fixed)
+        return result if isinstance(result, Tensor) else result.logits
+
+
+def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int) -> ExportedProgram:
+    """Export `model` with dynamic batch and length, in functional form with attention and linear whole.
+
+    `fixed` holds keyword arguments of its forward that stay constant, `max_tokens` is its longest text.
+    """
+    device = next(model.parameters()).device
+    ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.int64, device=device)
+    positions = torch.arange(EXAMPLE_LENGTH, device=device).repeat(EXAMPLE_BATCH, 1)
+    sizes = {0: Dim("batch", min=1, max=2**16), 1: Dim("tokens", min=2, max=max(max_tokens, EXAMPLE_LENGTH + 1))}
+    # Under no_grad, because RoPE modules are decorated with it and would hide in a sub-graph otherwise.
+    with torch.no_grad(), torch.fx.traceback.preserve_node_meta():
+        exported = torch.export.export(
+            _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
+        )
+        return exported.run_decompositions({})
+
+
+def program_from_export(exported: ExportedProgram) -> KVProgram:
+    """A KVProgram over the parameters of `exported`; nodes are renamed by operator and order of appearance."""
+    signature = exported.graph_signature
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if mutated:
+        raise UnsupportedModelError(
+            f"the model writes its own state in forward ({', '.join(mutated)}); a compiled graph would lose it. "
+            "For RoPE scaling of type 'longrope' or 'dynamic', set a fixed type in the model's config"
+        )
+    attributes = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    attributes |= signature.inputs_to_lifted_tensor_constants
+    tensors = {**exported.state_dict, **exported.constants}
+
+    graph = Graph()
+    placed: dict[Node, Node] = {}
+    live: dict[str, Tensor] = {}
+    parameters = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in attributes]
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name not in attributes:
+            placed[node] = graph.placeholder(str(node.target))
+    for node in parameters:
+        if not node.users:  # the dead twin of a tied weight
+            continue
+        name = attributes[node.name]
+        target = name.removeprefix("model.")  # the atom that _Signature added
+        live[target] = tensors[name]
+        placed[node] = graph.create_node("get_attr", target)
+    for node in exported.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), placed.__getitem__)
+            placed[node] = graph.create_node("call_function", node.target, args, kwargs, name=_plain_name(node))
+            placed[node].meta = dict(node.meta)
+        elif node.op not in ("placeholder", "output"):
+            raise UnsupportedModelError(
+                f"node {node.name}: the export holds a {node.op!r}; only operator calls are understood"
+            )
+    (returned,) = exported.graph.output_node().args
+    graph.output(torch.fx.node.map_arg(returned, placed.__getitem__))
+    graph.eliminate_dead_code()
+
+    inputs = tuple(Port(str(n.target), Role(str(n.target))) for n in graph.nodes if n.op == "placeholder")
+    program = KVProgram(
+        graph_module=GraphModule(_holder(live), graph),
+        form=Form.CAPTURED,
+        inputs=inputs,
+        outputs=(Port("logits", Role.LOGITS),),
+        shapes=SymbolicShapes(),
+    )
+    device = next(iter(live.values())).device
+    shape = (program.shapes.dim("B", EXAMPLE_BATCH + 1), program.shapes.dim("S", EXAMPLE_LENGTH + 5))
+    assign_values(program, {p.name: program.shapes.empty(shape, torch.int64, device) for p in inputs})
+    return program
+
+
+def _plain_name(node: Node) -> str:
+    """`mul` for `mul_47`: torch's numbers depend on its version; ours count what is there."""
+    return op_name(node).replace(".", "_")
+
+
+def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A bare module tree that holds the model's own tensors (not copies) under their own names."""
+    root = nn.Module()
+    for path, tensor in tensors.items():
+        *parents, leaf = path.split(".")
+        owner = root
+        for atom in parents:
+            if not hasattr(owner, atom):
+                owner.add_module(atom, nn.Module())
+            owner = owner.get_submodule(atom)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
+    return root

@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, sites, the builder, the printer and the verifier."""

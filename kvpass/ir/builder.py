@@ -1,0 +1,159 @@
+"""The only way to create nodes: trace a plain tensor function on fake values and inline what it did."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from kvpass.errors import PressError
+from kvpass.ir.program import KVProgram, Origin, Port
+
+TensorFunction = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass
+class GraphBuilder:
+    """Adds nodes to one program on behalf of one pass; every node gets `val`, module stack, origin and name."""
+
+    program: KVProgram
+    made_by: str
+    _shared: dict[str, Node] = field(default_factory=dict, init=False)
+    _heads: set[Node] = field(default_factory=set, init=False)
+    _traces: dict[Hashable, GraphModule] = field(default_factory=dict, init=False)
+
+    def placeholder(self, port: Port, value: Tensor) -> Node:
+        """A new typed input, behind the ones that are there."""
+        graph = self.program.graph
+        last = list(self.program.placeholders())[-1]
+        with graph.inserting_after(last):
+            node = graph.placeholder(port.name)
+        node.meta.update(val=value, kvpass=Origin(self.made_by, port.role.value, port.layer))
+        self.program.inputs = (*self.program.inputs, port)
+        return node
+
+    def inline(
+        self,
+        function: TensorFunction,
+        inputs: Sequence[Node],
+        *,
+        names: Sequence[str],
+        layer: int | None = None,
+        like: Node | None = None,
+        key: Hashable = None,
+        reuse: Callable[[], bool] = lambda: True,
+    ) -> tuple[Node, ...]:
+        """Trace `function` on the values of `inputs` and put its nodes right behind the last of them.
+
+        `names` are the roles of the outputs: `scores` in layer 3 becomes the node `scores_3`. `like` is the node
+        whose module stack the new ones inherit. Calls with an equal `key` and inputs of equal shapes reuse one
+        trace, if `reuse()` allows it after tracing, so that thirty equal layers are traced once. A node that depends
+        on nothing of a layer is created once for all of them.
+        """
+        trace = self._trace(function, inputs, key, reuse)
+        placed: dict[Node, Node] = {}
+        sources = [node for node in trace.graph.nodes if node.op == "placeholder"]
+        placed.update(zip(sources, inputs, strict=True))
+        results = _outputs(trace.graph)
+        roles = dict(zip(results, names, strict=True))
+        stack = (like or max(inputs)).meta.get("nn_module_stack", {})
+        position = _after(max(inputs))
+        for node in trace.graph.nodes:
+            if node.op != "call_function":
+                continue
+            role = roles.get(node, "")
+            if not role and (twin := self._shared_twin(node, placed)) is not None:
+                placed[node] = twin
+                continue
+            with self.program.graph.inserting_before(position):
+                args, kwargs = map_arg((node.args, node.kwargs), placed.__getitem__)
+                new = self.program.graph.create_node("call_function", node.target, args, kwargs, node.name)
+            new.meta = {
+                "val": node.meta["val"],
+                "nn_module_stack": stack,
+                "kvpass": Origin(self.made_by, role, layer),
+            }
+            if role:
+                new._rename(role if layer is None else f"{role}_{layer}")
+            placed[node] = new
+        return tuple(placed[node] for node in results)
+
+    def _shared_twin(self, node: Node, placed: dict[Node, Node]) -> Node | None:
+        """The one node at the head of the graph that stands for `node` in every layer; None if it belongs to one.
+
+        Shared are sizes that an input has, and what is computed from attributes and shared nodes alone.
+        """
+        target, args, kwargs = node.target, *map_arg((node.args, node.kwargs), placed.__getitem__)
+        source = self._size_of_input(node) if node.target is torch.ops.aten.sym_size.int else None
+        if source is not None:
+            args = source
+        elif not all(n.op == "get_attr" or n in self._heads for n in map(placed.get, node.all_input_nodes) if n):
+            return None
+        text = f"{target}{args}{kwargs}"
+        if text not in self._shared:
+            position = _after(list(self.program.placeholders())[-1])
+            while position in self._heads:
+                position = position.next
+            with self.program.graph.inserting_before(position):
+                twin = self.program.graph.create_node("call_function", target, args, kwargs, node.name)
+            twin.meta = {"val": node.meta["val"], "nn_module_stack": {}, "kvpass": Origin(self.made_by)}
+            self._shared[text] = twin
+            self._heads.add(twin)
+        return self._shared[text]
+
+    def _size_of_input(self, node: Node) -> tuple[Node, int] | None:
+        """The input, and its dimension, that has the size which `node` reads."""
+        text = self.program.shapes.text
+        for source in self.program.placeholders():
+            for axis, size in enumerate(source.meta["val"].shape):
+                if not isinstance(size, int) and text(size) == text(node.meta["val"]):
+                    return source, axis
+        return None
+
+    def _trace(
+        self, function: TensorFunction, inputs: Sequence[Node], key: Hashable, reuse: Callable[[], bool]
+    ) -> GraphModule:
+        shapes = self.program.shapes
+        values = [node.meta["val"] for node in inputs]
+        layout = tuple((tuple(map(shapes.text, v.shape)), v.dtype, v.device) for v in values)
+        if key is not None and (key, layout) in self._traces:
+            return self._traces[key, layout]
+        before = shapes.specialized()
+        with shapes.fake_mode, torch.no_grad():
+            trace = make_fx(function, pre_dispatch=True)(*values)
+        for node in trace.graph.nodes:
+            if node.op == "get_attr":
+                raise PressError(
+                    f"{self.made_by}: {_label(function)} uses a tensor made outside of it ({node.target}); "
+                    "pass it as an input, or make it inside"
+                )
+        frozen = {name: value for name, value in shapes.specialized().items() if name not in before}
+        if frozen:
+            raise PressError(
+                f"{self.made_by}: {_label(function)} freezes the size {frozen} into the graph; use tensor operations "
+                "or torch.sym_int on sizes, not int(), and no operation that needs a size as a number"
+            )
+        trace.graph.eliminate_dead_code()
+        if key is not None and reuse():
+            self._traces[key, layout] = trace
+        return trace
+
+
+def _outputs(graph: Graph) -> list[Node]:
+    value = next(iter(reversed(graph.nodes))).args[0]
+    return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[list-item]
+
+
+def _after(node: Node) -> Node:
+    """Where to insert so that `node` and all placeholders are defined."""
+    following = node.next
+    while following.op in ("placeholder", "get_attr"):
+        following = following.next
+    return following
+
+
+def _label(function: TensorFunction) -> str:
+    return getattr(function, "__qualname__", repr(function))

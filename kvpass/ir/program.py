@@ -1,0 +1,122 @@
+"""A captured model on its way through the passes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from kvpass.ir.form import Form, Phase
+from kvpass.ir.symbols import SymbolicShapes
+
+
+class Role(Enum):
+    """What a graph input or output is."""
+
+    INPUT_IDS = "input_ids"  # i64[B, S]
+    POSITION_IDS = "position_ids"  # i64[B, S], positions in the original text
+    LENGTHS = "lengths"  # i64[L, B], occupied cache slots before this call
+    BUDGET = "budget"  # f32[N]; only its length counts: the pairs to keep per pressed layer
+    KEYS = "keys"  # [B, Hkv, C, D], one per layer
+    VALUES = "values"  # [B, Hkv, C, D], one per layer
+    LOGITS = "logits"  # [B, S, V], or [B, 1, V] in prefill
+    KEPT = "kept"  # i64[B, Hkv, N], slots (= positions) kept in a pressed layer, ascending
+
+
+@dataclass(frozen=True)
+class Port:
+    """One typed input or output of a program. An output with `updates` is the new value of that input."""
+
+    name: str
+    role: Role
+    layer: int | None = None
+    updates: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node that a pass created comes from; kept in `node.meta["kvpass"]`."""
+
+    made_by: str
+    role: str = ""
+    layer: int | None = None
+
+
+@dataclass
+class KVProgram:
+    """One graph, its typed ports, and the world of symbolic sizes that its fake values live in."""
+
+    graph_module: GraphModule
+    form: Form
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    shapes: SymbolicShapes
+    phase: Phase | None = None
+    layer_count: int = 0
+    history: tuple[str, ...] = field(default=())
+
+    @property
+    def graph(self) -> Graph:
+        return self.graph_module.graph
+
+    def copy(self) -> "KVProgram":
+        """An independent graph over the same parameters."""
+        graph = Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        for old, new in zip(self.graph.nodes, graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+        return replace(self, graph_module=GraphModule(self.graph_module, graph))
+
+    def placeholders(self) -> Iterator[Node]:
+        return (node for node in self.graph.nodes if node.op == "placeholder")
+
+    def input_node(self, role: Role, layer: int | None = None) -> Node:
+        """The placeholder that has this role."""
+        names = [port.name for port in self.inputs if port.role is role and port.layer == layer]
+        if not names:
+            raise KeyError(f"the {self.form.name} graph has no input {role.value!r} for layer {layer}")
+        return next(node for node in self.placeholders() if node.target == names[0])
+
+    def output_node(self) -> Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def output_value(self, role: Role, layer: int | None = None) -> Node:
+        """The node whose value leaves the graph as this output."""
+        index = next(i for i, port in enumerate(self.outputs) if port.role is role and port.layer == layer)
+        value = self.output_node().args[0][index]  # type: ignore[index]
+        assert isinstance(value, Node)
+        return value
+
+    def add_output(self, port: Port, value: Node) -> None:
+        """Let one more value leave the graph."""
+        node = self.output_node()
+        node.args = ((*node.args[0], value),)  # type: ignore[misc]
+        self.outputs = (*self.outputs, port)
+
+    def drop_output(self, port: Port) -> None:
+        """Let an output end inside the graph (its input is written in place instead)."""
+        node = self.output_node()
+        index = self.outputs.index(port)
+        node.args = (tuple(v for i, v in enumerate(node.args[0]) if i != index),)  # type: ignore[arg-type]
+        self.outputs = tuple(p for p in self.outputs if p is not port)
+
+    def attribute(self, node: Node) -> Tensor:
+        """The real parameter or buffer that a `get_attr` node names."""
+        owner: object = self.graph_module
+        for atom in str(node.target).split("."):
+            owner = getattr(owner, atom)
+        assert isinstance(owner, Tensor)
+        return owner
+
+
+def layer_of(node: Node) -> int | None:
+    """The decoder layer that a node belongs to: by the pass that made it, else by the module that it was traced in."""
+    origin = node.meta.get("kvpass")
+    if isinstance(origin, Origin) and origin.layer is not None:
+        return origin.layer
+    for path, _ in node.meta.get("nn_module_stack", {}).values():
+        for atom in str(path).split("."):
+            if atom.isdigit():
+                return int(atom)
+    return None

@@ -1,0 +1,49 @@
+"""Compute the fake value of every node of a graph."""
+
+import operator
+from collections.abc import Callable, Mapping
+
+from torch import SymBool, SymFloat, SymInt, Tensor, no_grad
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from kvpass.ir.program import KVProgram
+
+SYMBOLIC = (SymInt, SymFloat, SymBool)
+
+
+def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, object]:
+    """The value of every node, given fake tensors for the placeholders; the graph is not changed."""
+    values: dict[Node, object] = {}
+    with program.shapes.fake_mode, no_grad():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = inputs[str(node.target)]
+            elif node.op == "get_attr":
+                values[node] = program.shapes.fake(program.attribute(node))
+            elif node.op == "call_function":
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                target: Callable[..., object] = node.target
+                values[node] = target(*args, **kwargs)
+            elif node.op != "output":
+                raise TypeError(f"node {node.name}: a program holds no {node.op!r} nodes")
+    return values
+
+
+def assign_values(program: KVProgram, inputs: Mapping[str, Tensor]) -> None:
+    """Set `meta["val"]` of every node, and replace sizes that are constant by the constant."""
+    for node, value in propagate(program, inputs).items():
+        node.meta["val"] = value
+    for node in reversed(program.graph.nodes):
+        if node.op == "call_function" and isinstance(node.meta["val"], int | float | bool):
+            for user in tuple(node.users):
+                constant = node.meta["val"]
+                user.args, user.kwargs = map_arg(
+                    (user.args, user.kwargs), lambda n, node=node, constant=constant: constant if n is node else n
+                )
+            program.graph.erase_node(node)
+
+
+def is_size(node: Node) -> bool:
+    """Whether a node computes a symbolic size rather than a tensor."""
+    return isinstance(node.meta.get("val"), SYMBOLIC) and node.target is not operator.getitem

@@ -1,0 +1,44 @@
+"""The model's own RoPE at other positions: its captured subgraph, run again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Node
+
+from kvpass.ir.program import KVProgram
+from kvpass.ir.taps import Rotation
+
+
+@dataclass(frozen=True)
+class GraphRope:
+    """A `Rope` (see kvpass.press) over the rotation found in a graph, scaling and partial rotation included.
+
+    `constants` are the values of the attributes that the rotation reads.
+    """
+
+    program: KVProgram
+    rotation: Rotation
+    constants: Mapping[Node, Tensor]
+
+    def frequencies(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """positions i64[B or 1, P]; the layout of the result is the model's."""
+        sizes = self.program.shapes.bind(B=positions.shape[0], S=positions.shape[1])
+        (source,) = self.rotation.table.inputs
+        return self.rotation.table.run({source: positions, **self.constants}, sizes)
+
+    def average(self, frequencies: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The mean over positions, kept as a size of 1."""
+        axes = [self._length_axis(node) for node in self.rotation.table.outputs]
+        return tuple(t.mean(dim=axis, keepdim=True) for t, axis in zip(frequencies, axes, strict=True))
+
+    def rotate(self, states: Tensor, frequencies: tuple[Tensor, ...]) -> Tensor:
+        """states [B, heads, P, D]."""
+        sizes = self.program.shapes.bind(B=states.shape[0], S=states.shape[2])
+        given = dict(zip(self.rotation.apply.inputs, (states, *frequencies), strict=True))
+        (rotated,) = self.rotation.apply.run({**given, **self.constants}, sizes)
+        return rotated
+
+    def _length_axis(self, node: Node) -> int:
+        text = self.program.shapes.text
+        return [text(size) for size in node.meta["val"].shape].index("S")

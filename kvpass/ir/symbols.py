@@ -1,0 +1,84 @@
+"""Named symbolic sizes: the one place that talks to torch's shape environment."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import sympy
+import torch
+from torch import SymInt, Tensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    StrictMinMaxConstraint,
+)
+from torch.utils._sympy.value_ranges import ValueRanges
+
+Size = int | SymInt
+
+
+class SymbolicShapes:
+    """The sizes of one program (B, S, C, N, ...) and the fake tensors made of them.
+
+    Every symbol has a name of ours, a range and a hint. torch derives its own names from hashes, so that they
+    differ between processes; everything that is printed goes through `text`.
+    """
+
+    def __init__(self) -> None:
+        # Duck shaping would take two sizes for one because their hints happen to agree.
+        self.shape_env = ShapeEnv(duck_shape=False)
+        self.fake_mode = FakeTensorMode(shape_env=self.shape_env)
+        self._sizes: dict[str, Size] = {}
+        self._names: dict[sympy.Symbol, sympy.Symbol] = {}
+
+    def dim(self, name: str, hint: int, low: int = 2, high: int = 2**31 - 1) -> Size:
+        """The symbolic size called `name`, created at its first mention."""
+        if name not in self._sizes:
+            context = StatelessSymbolicContext(
+                dynamic_sizes=[DimDynamic.DYNAMIC],
+                constraint_sizes=[StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=False)],
+            )
+            carrier = self.fake_mode.from_tensor(
+                torch.empty(hint, device="meta"), source=ConstantSource(name), symbolic_context=context
+            )
+            size = cast(SymInt, carrier.shape[0])
+            self._sizes[name] = size
+            self._names[size.node.expr] = sympy.Symbol(name, integer=True, positive=True)
+        return self._sizes[name]
+
+    def fix(self, name: str, value: int) -> Size:
+        """Give the size called `name` a constant value."""
+        return self._sizes.setdefault(name, value)
+
+    def __getitem__(self, name: str) -> Size:
+        return self._sizes[name]
+
+    def bind(self, **values: Size) -> dict[str, Size]:
+        """Values of sizes under torch's own symbol names, as `Subgraph.run` wants them."""
+        return {str(self._sizes[name].node.expr): value for name, value in values.items()}  # type: ignore[union-attr]
+
+    def empty(self, shape: Sequence[Size], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A fake tensor of this shape."""
+        with self.fake_mode:
+            return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    def fake(self, real: Tensor) -> Tensor:
+        """The fake twin of a parameter or buffer, all sizes constant."""
+        return cast(Tensor, self.fake_mode.from_tensor(real, static_shapes=True))
+
+    def text(self, size: object) -> str:
+        """A size in our names, e.g. `S - 64`; equal in every process."""
+        if not isinstance(size, SymInt):
+            return str(size)
+        expr = self.shape_env.replace(size.node.expr)
+        return str(sympy.sympify(expr).xreplace(self._names))
+
+    def specialized(self) -> dict[str, str]:
+        """Symbols that tracing has tied to a constant or to another symbol: always a bug of a pass or a press."""
+        return {
+            name: self.text(size)
+            for name, size in self._sizes.items()
+            if isinstance(size, SymInt) and self.text(size) != name
+        }

@@ -1,0 +1,39 @@
+"""Which passes run, in which order."""
+
+from kvpass.ir.form import Phase
+from kvpass.pass_manager import Pass
+from kvpass.passes.drop_noops import DropNoops
+from kvpass.passes.insert_kv_cache import InsertKVCache
+from kvpass.passes.keep_last_logits import KeepLastLogits
+from kvpass.passes.locate_attention import LocateAttention
+from kvpass.passes.normalize_attention import NormalizeAttention
+from kvpass.passes.specialize_phase import SpecializePhase
+from kvpass.passes.splice_evict import SpliceEvict
+from kvpass.passes.splice_score import SpliceScore
+from kvpass.passes.write_cache_in_place import WriteCacheInPlace
+from kvpass.press import Press
+
+
+def capture_passes(expected_layers: int = 0) -> tuple[Pass, ...]:
+    """Once for a model."""
+    return (
+        DropNoops(),
+        NormalizeAttention(),
+        LocateAttention(expected_layers),
+    )
+
+
+def phase_passes(phase: Phase, press: Press | None) -> tuple[Pass, ...]:
+    """Once for each phase of a compiled model."""
+    pressed = phase is Phase.PREFILL and press is not None
+    return (
+        # one graph per phase
+        SpecializePhase(phase, press.min_tokens if pressed and press else 2),
+        *((KeepLastLogits(),) if phase is Phase.PREFILL else ()),
+        # the cache
+        InsertKVCache(),
+        # the press
+        *((SpliceScore(press), SpliceEvict()) if pressed and press else ()),
+        # lower
+        WriteCacheInPlace(),
+    )

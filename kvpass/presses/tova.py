@@ -1,0 +1,18 @@
+"""Keep what the last token attends to, the same positions in all heads. https://arxiv.org/abs/2401.06104"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvpass.press import PressInputs, ScorerPress, protect, register_press
+from kvpass.presses.window_attention import window_attention
+
+
+@register_press("tova")
+@dataclass(frozen=True)
+class TOVA(ScorerPress):
+    """Attention of the last query, averaged over all query heads; the last token itself is kept."""
+
+    def score(self, x: PressInputs) -> Tensor:
+        attention = window_attention(x, 1).flatten(1, 3).mean(dim=1, keepdim=True)  # [B, 1, S - 1]
+        return protect(attention.expand(-1, x.keys.shape[1], -1), after=1)

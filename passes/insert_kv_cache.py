@@ -1,0 +1,121 @@
+"""Give every attention layer a place in the cache."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from kvpass.ir.attention_site import AttentionSite, attention_sites
+from kvpass.ir.builder import GraphBuilder
+from kvpass.ir.form import Form, Phase
+from kvpass.ir.masks import cache_mask
+from kvpass.ir.program import KVProgram, Port, Role
+from kvpass.pass_manager import Pass
+
+CAPACITY_HINT = 1021  # not a size that anything else has
+
+
+@dataclass(frozen=True)
+class InsertKVCache(Pass):
+    """Write each layer's keys and values to a cache that enters and leaves the graph.
+
+    prefill  keys_out_0: f32[B, 2, C, 16] = slice_scatter(keys_0, add_2, 2, 0, S)         # attention as it was
+    extend   keys_out_0: f32[B, 2, C, 16] = index_put(keys_0, [.., .., slots], add_2)
+    decode   attended_0: f32[B, 4, S, 16] = scaled_dot_product_attention(add_1, keys_out_0, values_out_0, mask)
+
+    New tokens take the slots behind those in use (`lengths`, per layer and row). The queries that share a KV head
+    go into the query axis, so that no head is ever repeated in memory.
+    """
+
+    name: ClassVar[str] = "insert-kv-cache"
+    requires: ClassVar[Form] = Form.SPECIALIZED
+    produces: ClassVar[Form] = Form.CACHED
+
+    def run(self, program: KVProgram) -> int:
+        if any(port.role is Role.KEYS for port in program.inputs):
+            return 0
+        builder = GraphBuilder(program, self.name)
+        sites = attention_sites(program)
+        lengths = None
+        if program.phase is not Phase.PREFILL:
+            ids = program.input_node(Role.INPUT_IDS).meta["val"]
+            value = program.shapes.empty((len(sites), ids.shape[0]), torch.int64, ids.device)
+            lengths = builder.placeholder(Port("lengths", Role.LENGTHS), value)
+        caches = [self._placeholders(program, builder, site) for site in sites]
+        for site, (keys, values) in zip(sites, caches, strict=True):
+            if lengths is None:
+                new_keys, new_values = _store(builder, site, keys, values)
+            else:
+                new_keys, new_values = _append(builder, site, keys, values, lengths)
+                _attend(builder, site, new_keys, new_values, lengths)
+            program.add_output(Port(f"keys_out_{site.layer}", Role.KEYS, site.layer, keys.name), new_keys)
+            program.add_output(Port(f"values_out_{site.layer}", Role.VALUES, site.layer, values.name), new_values)
+        program.graph.eliminate_dead_code()
+        return len(sites)
+
+    def _placeholders(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite) -> tuple[Node, Node]:
+        # Layers that drop nothing hold more than the pressed ones: their capacity is a size of its own.
+        capacity = program.shapes.dim("C" if site.pressable else "W", hint=CAPACITY_HINT + 6 * (not site.pressable))
+        nodes = []
+        for role, tap in ((Role.KEYS, site.keys), (Role.VALUES, site.values)):
+            like = tap.meta["val"]
+            batch, heads, _, width = like.shape
+            value = program.shapes.empty((batch, heads, capacity, width), like.dtype, like.device)
+            nodes.append(builder.placeholder(Port(f"{role.value}_{site.layer}", role, site.layer), value))
+        return nodes[0], nodes[1]
+
+
+def store_prefix(cache: Tensor, new: Tensor) -> Tensor:
+    """Write new [B, Hkv, n, D] to the first n slots of cache [B, Hkv, C, D]."""
+    return torch.slice_scatter(cache, new, dim=2, start=0, end=new.shape[2])
+
+
+def _store(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node) -> tuple[Node, Node]:
+    (new_keys,) = builder.inline(store_prefix, [keys, site.keys], names=["keys_out"], layer=site.layer, like=site.node)
+    (new_values,) = builder.inline(
+        store_prefix, [values, site.values], names=["values_out"], layer=site.layer, like=site.node
+    )
+    return new_keys, new_values
+
+
+def _append(
+    builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node
+) -> tuple[Node, Node]:
+    layer = site.layer
+
+    def append(keys: Tensor, values: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        batch, heads, tokens, _ = k.shape
+        row = torch.arange(batch, device=k.device)[:, None, None]
+        head = torch.arange(heads, device=k.device)[:, None]
+        slot = (lengths[layer][:, None] + torch.arange(tokens, device=k.device))[:, None]
+        where = (row, head, slot)
+        return torch.index_put(keys, where, k), torch.index_put(values, where, v)
+
+    inputs = [keys, values, lengths, site.keys, site.values]
+    new_keys, new_values = builder.inline(
+        append, inputs, names=["keys_out", "values_out"], layer=layer, like=site.node
+    )
+    return new_keys, new_values
+
+
+def _attend(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node) -> None:
+    layer, window, scale = site.layer, site.window, site.scale
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        batch, heads, tokens, _ = q.shape
+        groups = heads // keys.shape[1]
+        slots = lengths[layer][:, None] + torch.arange(tokens, device=q.device)
+        mask = cache_mask(slots, keys.shape[2], window)
+        mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, G * S, C]
+        grouped = q.unflatten(1, (keys.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G * S, D]
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        return out.unflatten(2, (groups, tokens)).flatten(1, 2)
+
+    (out,) = builder.inline(
+        attend, [site.queries, keys, values, lengths], names=["attended"], layer=layer, like=site.node
+    )
+    site.node.replace_all_uses_with(out)
+    builder.program.graph.erase_node(site.node)

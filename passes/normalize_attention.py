@@ -1,0 +1,139 @@
+"""Bring every attention into one form, whichever road it was captured on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvpass.errors import UnsupportedModelError
+from kvpass.ir.attention_site import SDPA
+from kvpass.ir.builder import GraphBuilder
+from kvpass.ir.form import Form
+from kvpass.ir.masks import window_mask
+from kvpass.ir.program import KVProgram, Role, layer_of
+from kvpass.ir.subgraph import Subgraph, argument
+from kvpass.pass_manager import Pass
+
+LENGTHS = (48, 61)  # at which a mask is evaluated; longer ones are added for windows that would not bite
+
+
+@dataclass(frozen=True)
+class NormalizeAttention(Pass):
+    """Replace masks by what they are (causal, or one shared window mask) and undo repeated KV heads.
+
+    Masks and repeats are recognised by evaluating them, never by their nodes.
+
+    before:  attn: f32[B, 4, S, 16] = scaled_dot_product_attention(q, repeated_k, repeated_v, mask)
+    after:   attn: f32[B, 4, S, 16] = scaled_dot_product_attention(q, k, v, None, 0.0, True, enable_gqa=True)
+    """
+
+    name: ClassVar[str] = "normalize-attention"
+    requires: ClassVar[Form] = Form.CAPTURED
+    produces: ClassVar[Form] = Form.NORMAL
+
+    def run(self, program: KVProgram) -> int:
+        builder = GraphBuilder(program, self.name)
+        windows: dict[int, Node] = {}
+        attentions = [node for node in program.graph.nodes if node.target is SDPA]
+        for node in attentions:
+            window = self._window(program, node)
+            mask = None
+            if window is not None:
+                if window not in windows:
+                    windows[window] = _shared_window_mask(program, builder, window)
+                mask = windows[window]
+            queries, keys, values = (
+                argument(node, "query"),
+                _unrepeated(program, node, "key"),
+                _unrepeated(program, node, "value"),
+            )
+            grouped = {"enable_gqa": True} if _heads(queries) != _heads(keys) else {}
+            scale = argument(node, "scale")
+            node.args = (queries, keys, values, mask, 0.0, mask is None)  # type: ignore[assignment]
+            node.kwargs = {"scale": scale, **grouped}  # type: ignore[dict-item]
+            node.meta["window"] = window
+        program.graph.eliminate_dead_code()
+        return len(attentions)
+
+    def _window(self, program: KVProgram, node: Node) -> int | None:
+        """The window of a node's mask, `None` if it is plainly causal."""
+        where = f"layer {layer_of(node)}: not an attention kvpass can cache"
+        mask = argument(node, "attn_mask")
+        if mask is None:
+            if not argument(node, "is_causal"):
+                raise UnsupportedModelError(f"{where}: no mask and is_causal=False, tokens see the future ({node.name})")
+            return None
+        assert isinstance(mask, Node)
+        kinds = {_classify(allowed) for allowed in _evaluations(program, mask, where)}
+        bounded = {kind for kind in kinds if isinstance(kind, int)}
+        if "other" in kinds or len(bounded) > 1:
+            raise UnsupportedModelError(f"{where}: its mask {mask.name} is neither causal nor sliding-window")
+        return bounded.pop() if bounded else None
+
+
+def _evaluations(program: KVProgram, mask: Node, where: str) -> Iterator[Tensor]:
+    """The mask as bool[S, S] at several lengths, one of them beyond every number that occurs in its computation."""
+    compute = Subgraph((), (mask,))
+    ids, positions = program.input_node(Role.INPUT_IDS), program.input_node(Role.POSITION_IDS)
+    if ids in compute.leaves():
+        raise UnsupportedModelError(f"{where}: its mask {mask.name} depends on the tokens")
+    constants = {a for n in compute.body for a in n.args if isinstance(a, int) and LENGTHS[0] <= a <= 2**15}
+    for length in (*LENGTHS, *(constant + 13 for constant in sorted(constants))):
+        given = {n: program.attribute(n) for n in compute.leaves() if n.op == "get_attr"}
+        given[positions] = torch.arange(length, device=positions.meta["val"].device)[None]
+        (value,) = compute.run(given, program.shapes.bind(B=1, S=length))
+        allowed = value if value.dtype == torch.bool else value > -1.0
+        yield allowed.expand(1, allowed.shape[1] if allowed.dim() == 4 else 1, length, length)[0]
+
+
+def _classify(allowed: Tensor) -> int | str:
+    """`causal`, the size of a window, or `other`; allowed bool[heads, S, S]."""
+    length = allowed.shape[-1]
+    window = int(allowed[0, -1].sum())
+    expected = window_mask(length, window, allowed.device)
+    if not bool((allowed == expected).all()):
+        return "other"
+    return "causal" if window == length else window
+
+
+def _shared_window_mask(program: KVProgram, builder: GraphBuilder, window: int) -> Node:
+    def mask(input_ids: Tensor) -> Tensor:
+        return window_mask(input_ids.shape[1], window, input_ids.device)
+
+    (node,) = builder.inline(mask, [program.input_node(Role.INPUT_IDS)], names=[f"window_{window}_mask"])
+    return node
+
+
+def _unrepeated(program: KVProgram, attention: Node, name: str) -> Node:
+    """The keys or values before their heads were repeated for the queries."""
+    node = argument(attention, name)
+    assert isinstance(node, Node)
+    source, found = node, node
+    while source.op == "call_function" and len(source.all_input_nodes) >= 1:
+        tensors = [n for n in source.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+        if len(tensors) != 1:
+            break
+        source = tensors[0]
+        heads, wanted = _heads(source), _heads(node)
+        if heads and heads < wanted and wanted % heads == 0 and _repeats(program, source, node, wanted // heads):
+            found = source
+            break
+    return found
+
+
+def _heads(node: object) -> int:
+    value = node.meta["val"] if isinstance(node, Node) else None
+    return int(value.shape[1]) if isinstance(value, Tensor) and value.dim() == 4 and isinstance(value.shape[1], int) else 0
+
+
+def _repeats(program: KVProgram, source: Node, repeated: Node, times: int) -> bool:
+    """Whether `repeated` is `source` with every head given `times` times, tried on random numbers."""
+    heads, width = (int(source.meta["val"].shape[i]) for i in (1, 3))
+    sample = torch.randn(2, heads, 5, width, dtype=torch.float32).to(source.meta["val"].dtype)
+    (result,) = Subgraph((source,), (repeated,)).run({source: sample}, program.shapes.bind(B=2, S=5))
+    return torch.equal(result, sample.repeat_interleave(times, dim=1))
+
+
