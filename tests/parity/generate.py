@@ -305,7 +305,7 @@ class Builder:
         # Rounding only: the two paths add up the same numbers in a different order.
         self.tolerance = 2e-5 if dtype == torch.float32 else 0.25
         self.worst_difference = 0.0
-        self.tensors = {
+        self.tensors: dict[str, Any] = {
             "input_ids": self.ids,
             "question_ids": self.question,
             "prefill_logits": self.prefill_logits[:, 0],

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kvpass
 import pytest
 import torch
-from kvpass import presses
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import tiny_model, weights_checksum
+
+import kvpass
+from kvpass import presses
 
 logger = logging.getLogger(__name__)
 
@@ -421,6 +422,7 @@ def test_comparison_rejects_many_near_ties() -> None:
         (lambda kept: kept + 1, "behind the context"),
         (lambda kept: kept - kept.max(), "negative"),
     ],
+    ids=["too few", "descending", "too far", "negative"],
 )
 def test_comparison_rejects_malformed_positions(
     change: Callable[[torch.Tensor], torch.Tensor], message: str

@@ -1,0 +1,109 @@
+"""`kvpass.compile`: a model in, a model that compresses its own cache out."""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
+
+from kvpass.budget import Budget
+from kvpass.capture import capture, max_tokens_of
+from kvpass.errors import PressError
+from kvpass.ir.attention_site import attention_sites
+from kvpass.ir.program import KVProgram
+from kvpass.pass_manager import PassManager
+from kvpass.pipeline import capture_passes
+from kvpass.press import Press, resolve_press
+from kvpass.runtime.cache import CacheLayout, LayerLayout
+from kvpass.runtime.model import CompiledModel, Recipe
+
+
+def compile(
+    model: nn.Module,
+    press: str | Press | None = None,
+    ratio: float | None = None,
+    *,
+    target_size: int | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    capacity: int | None = None,
+    print_ir: str | Callable[[str, str], None] | None = None,
+) -> CompiledModel:
+    """Capture `model` and fuse KV-cache compression into its graph; the model itself stays as it is.
+
+    press: a name (`kvpass.registered_presses()`), a press object, or None: compiled, nothing is dropped.
+    ratio: the fraction of key/value pairs that a prompt loses, 0 <= ratio < 1.
+    target_size: instead of a ratio, the number of pairs that each KV head keeps; shorter prompts stay whole.
+    backend, mode: as for `torch.compile`; backend="eager" runs the graph as it is. Compilation happens at the first
+        call of each phase (prefill, extend, decode).
+    capacity: slots per layer that are allocated at once and never exceeded; None lets the cache grow.
+    print_ir: as `KVPASS_PRINT_IR`, or a function of pass name and graph text.
+
+    Raises `PressError` for an unknown press or bad options, `MissingTapError` if the press reads a tensor that the
+    model does not have, `UnsupportedModelError` if the model cannot be captured or an attention not be located.
+    """
+    chosen = resolve_press(press)
+    if chosen is None and (ratio or target_size is not None):
+        raise PressError(f"ratio={ratio}, target_size={target_size} without a press: say which, e.g. press='snapkv'")
+    if chosen is not None and ratio is None and target_size is None:
+        raise PressError(f"press {chosen.name!r} without a budget: give ratio= (fraction removed) or target_size=")
+    budget = Budget(ratio, target_size)
+    if budget.keeps_all:
+        chosen = None
+    config = _config_of(model)
+    manager = PassManager(capture_passes(_layers_of(config)), print_ir=print_ir)
+    located = manager.run(capture(model))
+    compiled = CompiledModel(
+        located,
+        CacheLayout(_layers(located, chosen), _fingerprint(model), capacity),
+        Recipe(chosen, budget, backend, mode, max_tokens_of(model), print_ir),
+        config,
+        _generation_config_of(model),
+        manager.records,
+    )
+    if chosen is not None:
+        compiled.graph("prefill")  # a press that does not fit the model fails here, not at the first prompt
+    return compiled.eval()
+
+
+def _layers(located: KVProgram, press: Press | None) -> tuple[LayerLayout, ...]:
+    layers = []
+    for site in attention_sites(located):
+        keys, values = site.keys.meta["val"], site.values.meta["val"]
+        layers.append(
+            LayerLayout(
+                heads=int(keys.shape[1]),
+                key_size=int(keys.shape[3]),
+                value_size=int(values.shape[3]),
+                dtype=str(keys.dtype).removeprefix("torch."),
+                pressed=press is not None and site.pressable,
+            )
+        )
+    return tuple(layers)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Tells models apart: names, shapes and the first numbers of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        sample = parameter.detach().flatten()[:16].to(torch.float64).cpu()
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _config_of(model: nn.Module) -> PretrainedConfig:
+    config = getattr(model, "config", None)
+    return copy.deepcopy(config) if isinstance(config, PretrainedConfig) else PretrainedConfig()
+
+
+def _layers_of(config: PretrainedConfig) -> int:
+    return int(getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) or 0)
+
+
+def _generation_config_of(model: nn.Module) -> GenerationConfig:
+    config = getattr(model, "generation_config", None)
+    return copy.deepcopy(config) if isinstance(config, GenerationConfig) else GenerationConfig()

@@ -1,0 +1,19 @@
+"""Ways to run a lowered graph, one a file."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kvpass.backends.eager import run_eagerly
+from kvpass.backends.torch_compile import CompiledGraph
+from kvpass.ir.program import KVProgram
+
+Runner = Callable[..., tuple[Tensor, ...]]
+
+
+def make_runner(program: KVProgram, backend: str | Callable[..., Any], mode: str | None) -> Runner:
+    """A callable over the tensors of `program.inputs`, in their order, that returns those of `program.outputs`."""
+    if backend == "eager":
+        return run_eagerly(program)
+    return CompiledGraph(program, backend, mode)

@@ -1,0 +1,1 @@
+"""What runs the graphs: the cache, the guard, the model."""

@@ -1,0 +1,346 @@
+"""The compiled model: generates as any transformers model does, over a compressed cache."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kvpass.backends import Runner, make_runner
+from kvpass.budget import Budget
+from kvpass.errors import CacheError, InputError
+from kvpass.ir.form import Phase
+from kvpass.ir.printer import graph_diff, graph_text
+from kvpass.ir.program import KVProgram, Role
+from kvpass.pass_manager import PassManager, PassRecord
+from kvpass.pipeline import phase_passes
+from kvpass.press import Press
+from kvpass.runtime.cache import CacheLayout, CompressedCache
+from kvpass.runtime.guard import Guard
+from kvpass.runtime.report import Report
+
+log = logging.getLogger(__name__)
+
+# Arguments that transformers hands to every model and that say nothing here.
+HARMLESS = frozenset({"cache_position", "return_dict", "use_cache", "token_type_ids", "is_first_iteration"})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model was compiled."""
+
+    press: Press | None
+    budget: Budget
+    backend: str | Callable[..., Any]
+    mode: str | None
+    max_tokens: int
+    print_ir: str | Callable[[str, str], None] | None = None
+
+
+@dataclass
+class _PhaseGraph:
+    program: KVProgram
+    records: Sequence[PassRecord]
+    runner: Runner = field(repr=False)
+
+
+class CompiledModel(nn.Module, GenerationMixin):
+    """Made by `kvpass.compile`. `generate()` as always; the cache it returns is a `CompressedCache`."""
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+
+    def __init__(
+        self,
+        located: KVProgram,
+        layout: CacheLayout,
+        recipe: Recipe,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig,
+        capture_records: Sequence[PassRecord],
+    ) -> None:
+        super().__init__()
+        self.weights = located.graph_module
+        self.config = config
+        self.generation_config = generation_config
+        self._located = located
+        self._layout = layout
+        self._recipe = recipe
+        self._capture_records = list(capture_records)
+        self._phases: dict[Phase, _PhaseGraph] = {}
+        self._guard = Guard(recipe.press.min_tokens if recipe.press else 2)
+        self._last_prompt: tuple[int, list[int], int] = (0, [], 0)
+        probe = next(self.weights.parameters())
+        self._device, self._dtype = probe.device, probe.dtype
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: CompressedCache | None = None,
+        logits_to_keep: int = 0,
+        use_cache: bool | None = None,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """Read `input_ids` i64[B, S] behind what the cache has seen.
+
+        Logits are [B, 1, V] after the first prompt (its last token), [B, S, V] for tokens appended to a cache.
+        Raises `InputError` for what cannot be served, `CacheError` for a cache of another model or size.
+        """
+        ids = self._checked_ids(input_ids, unused)
+        if attention_mask is not None:
+            _refuse_padding(attention_mask)
+        cache = self._checked_cache(past_key_values, ids)
+        phase = self._guard.phase(ids.shape[1], cache.seen_tokens)
+        with torch.no_grad():
+            run = self._prefill_into if phase is Phase.PREFILL else self._append_to
+            logits = run(phase, cache, ids)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=None if use_cache is False else cache,  # type: ignore[arg-type]
+        )
+
+    def prefill(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+        """Read a prompt i64[B, S] into a new cache: `logits` [B, 1, V] of its last token, `past_key_values`."""
+        result: CausalLMOutputWithPast = self(input_ids=input_ids)
+        return result
+
+    def new_cache(self) -> CompressedCache:
+        """An empty cache for this model."""
+        return CompressedCache(self._layout, self._device)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **options: Any) -> Any:
+        """`transformers.GenerationMixin.generate`; without `past_key_values` it begins with an empty cache.
+
+        To go on with a returned cache give it as `past_key_values` with all tokens so far and the new ones.
+        """
+        if options.get("past_key_values") is None and options.get("use_cache", True):
+            options["past_key_values"] = self.new_cache()
+        return super().generate(inputs, *args, **options)
+
+    def _prefill_into(self, phase: Phase, cache: CompressedCache, ids: Tensor) -> Tensor:
+        batch, tokens = ids.shape
+        count = self._recipe.budget.count(tokens) if self._recipe.press else tokens
+        entries = [count if layer.pressed else tokens for layer in self._layout.layers]
+        cache.allocate(batch, entries)
+        outputs = self._run(phase, cache, ids, torch.empty(count, device=self._device))
+        kept: list[Tensor | None] = [None] * len(entries)
+        for port, value in zip(self._phases[phase].program.outputs, outputs, strict=True):
+            if port.role is Role.KEPT and port.layer is not None:
+                kept[port.layer] = value
+        cache.begin(tokens, kept, entries)
+        self._note_prompt(cache)
+        return outputs[0]
+
+    def _append_to(self, phase: Phase, cache: CompressedCache, ids: Tensor) -> Tensor:
+        batch, tokens = ids.shape
+        first = cache.seen_tokens == 0
+        if first:
+            cache.allocate(batch, [tokens] * len(self._layout.layers))
+            if self._recipe.press:
+                log.info(
+                    "a prompt of %d tokens is kept whole: %s needs %d",
+                    tokens,
+                    self._recipe.press.name,
+                    self._guard.min_tokens,
+                )
+        cache.reserve(tokens)
+        logits = self._run(phase, cache, ids, None)[0]
+        cache.advance(tokens)
+        if first:
+            self._note_prompt(cache)
+        return logits
+
+    def _run(self, phase: Phase, cache: CompressedCache, ids: Tensor, budget: Tensor | None) -> tuple[Tensor, ...]:
+        graph = self._phase(phase)
+        inputs = []
+        for port in graph.program.inputs:
+            match port.role:
+                case Role.INPUT_IDS:
+                    inputs.append(ids)
+                case Role.POSITION_IDS:
+                    start = cache.seen_tokens
+                    positions = torch.arange(start, start + ids.shape[1], device=self._device)
+                    inputs.append(positions.repeat(ids.shape[0], 1))
+                case Role.LENGTHS:
+                    inputs.append(cache.lengths)
+                case Role.BUDGET:
+                    assert budget is not None
+                    inputs.append(budget)
+                case Role.KEYS | Role.VALUES:
+                    assert port.layer is not None
+                    inputs.append(cache.buffers(port.layer)[port.role is Role.VALUES])
+        return graph.runner(*inputs)
+
+    def _phase(self, phase: Phase) -> _PhaseGraph:
+        if phase not in self._phases:
+            manager = PassManager(phase_passes(phase, self._recipe.press), print_ir=self._recipe.print_ir)
+            program = manager.run(self._located)
+            runner = make_runner(program, self._recipe.backend, self._recipe.mode)
+            self._phases[phase] = _PhaseGraph(program, manager.records, runner)
+        return self._phases[phase]
+
+    # -- checking ----------------------------------------------------------------------------------------------
+
+    def _checked_ids(self, input_ids: Tensor | None, unused: dict[str, Any]) -> Tensor:
+        given = {name for name, value in unused.items() if value is not None and value is not False} - HARMLESS
+        if given:
+            hint = "; positions are counted from what the cache has seen" if "position_ids" in given else ""
+            raise InputError(f"a compiled model does not take {', '.join(sorted(given))}{hint}")
+        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
+            found = "nothing" if input_ids is None else f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            raise InputError(f"input_ids must be token ids [batch, tokens] with at least one token, found {found}")
+        if input_ids.device != self._device:
+            raise InputError(f"input_ids lie on {input_ids.device}, the model was compiled on {self._device}")
+        return input_ids
+
+    def _checked_cache(self, cache: CompressedCache | None, ids: Tensor) -> CompressedCache:
+        if cache is None:
+            cache = self.new_cache()
+        if not isinstance(cache, CompressedCache):
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}; a compiled model goes on with a CompressedCache, as "
+                "prefill() and generate(..., return_dict_in_generate=True) return it"
+            )
+        if cache.layout.model_id != self._layout.model_id or cache.device != self._device:
+            raise CacheError(
+                f"the cache belongs to another model (cache {cache.layout.model_id} on {cache.device}, "
+                f"this model {self._layout.model_id} on {self._device}); prefill the text with this one"
+            )
+        if cache.seen_tokens and cache.batch_size != ids.shape[0]:
+            raise CacheError(
+                f"the cache holds {cache.batch_size} rows, input_ids {ids.shape[0]}; "
+                "cache.batch_repeat_interleave(n) repeats rows"
+            )
+        total = cache.seen_tokens + ids.shape[1]
+        if total > self._recipe.max_tokens:
+            raise InputError(
+                f"the text is {total} tokens long, the model's positions end at {self._recipe.max_tokens}; "
+                "shorten the text (compression saves memory, it does not add positions)"
+            )
+        return cache
+
+    # -- looking at it -----------------------------------------------------------------------------------------
+
+    def graph(self, phase: Phase | str = Phase.PREFILL) -> KVProgram:
+        """The program of one phase, as it runs."""
+        return self._phase(_as_phase(phase)).program
+
+    def print_graph(self, phase: Phase | str = Phase.PREFILL) -> str:
+        """Canonical text of the graph of one phase; equal in every process."""
+        return graph_text(self.graph(phase))
+
+    def graph_diff(
+        self, layer: int | None = 0, phase: Phase | str = Phase.PREFILL, *, only: str | None = None
+    ) -> str:
+        """What the passes changed in one layer (`None`: outside all layers), as lines with + and -.
+
+        `only` names one pass, e.g. "splice-score"; otherwise all of them behind the cut into phases.
+        """
+        steps = phase_passes(_as_phase(phase), self._recipe.press)
+        names = [step.name for step in steps]
+        if only is not None and only not in names:
+            raise ValueError(f"there is no pass {only!r} in {phase}; its passes are {', '.join(names)}")
+        if not 0 <= (layer or 0) < self._located.layer_count:
+            raise ValueError(f"there is no layer {layer}; the model has {self._located.layer_count}")
+        first, last = (1, len(steps)) if only is None else (names.index(only), names.index(only) + 1)
+        before = PassManager(steps[:first]).run(self._located)
+        return graph_diff(before, PassManager(steps[first:last]).run(before), layer)
+
+    def report(self) -> Report:
+        """The passes with matches, nodes and time, and what is kept per layer of the last prompt."""
+        passes = {"capture": self._capture_records}
+        passes |= {phase.value: list(graph.records) for phase, graph in self._phases.items()}
+        seen, kept, size = self._last_prompt
+        press = repr(self._recipe.press) if self._recipe.press else "none"
+        return Report(passes, press, str(self._recipe.budget), seen, kept, size)
+
+    def _note_prompt(self, cache: CompressedCache) -> None:
+        kept = [cache.kept(layer) for layer in range(len(cache))]
+        self._last_prompt = (cache.seen_tokens, kept, cache.nbytes)
+
+    # -- what transformers asks for ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def can_generate(self) -> bool:
+        return True
+
+    def is_remote_code(self) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        past_key_values: CompressedCache | None = None,
+        attention_mask: Tensor | None = None,
+        next_sequence_length: int | None = None,
+        cache_position: Tensor | None = None,
+        use_cache: bool | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Cut off what the cache has seen. The padding mask is checked where tokens enter, not at every step."""
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        given = input_ids.shape[1]
+        if next_sequence_length is not None:
+            new = next_sequence_length
+        elif seen and attention_mask is not None and attention_mask.shape[1] != given:
+            new = attention_mask.shape[1] - seen  # only the new tokens were passed
+        else:
+            new = given - seen
+        if not 0 < new <= given:
+            raise InputError(
+                f"the cache has seen {seen} tokens, input_ids hold {given}: give all tokens so far and the new ones"
+            )
+        if attention_mask is not None and new > 1:
+            _refuse_padding(attention_mask)
+        kept = {name: value for name, value in options.items() if name not in ("labels", *HARMLESS)}
+        ids = input_ids[:, -new:].contiguous()
+        return {"input_ids": ids, "past_key_values": past_key_values, "use_cache": use_cache, **kept}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompiledModel":
+        probe = fn(torch.empty(0, dtype=self._dtype, device=self._device))
+        if probe.device != self._device or probe.dtype != self._dtype:
+            raise RuntimeError(
+                f"a compiled model stays on {self._device} in {self._dtype}: its graph is made for them. "
+                "Move or cast the original model and compile that"
+            )
+        return self
+
+
+def _refuse_padding(attention_mask: Tensor) -> None:
+    if attention_mask.dim() != 2:
+        raise InputError(f"attention_mask must be [batch, tokens], found {tuple(attention_mask.shape)}")
+    padded = (attention_mask == 0).any(dim=1)
+    if bool(padded.any()):
+        rows = padded.nonzero().flatten().tolist()
+        raise InputError(
+            f"attention_mask has padding in rows {rows}: padded batches cannot be compressed; "
+            "give prompts of equal length in one batch, or one prompt at a time"
+        )
+
+
+def _as_phase(phase: Phase | str) -> Phase:
+    try:
+        return Phase(phase)
+    except ValueError:
+        raise ValueError(f"there is no phase {phase!r}; phases are {', '.join(p.value for p in Phase)}") from None
+
+
