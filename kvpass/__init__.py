@@ -1,7 +1,7 @@
 """KV-cache compression as a compiler pass: torch.export in, a model that compresses its own cache out."""
 
 from kvpass import presses
-from kvpass.api import compile
+from kvpass.api import capture_model, compile
 from kvpass.errors import KVPassError
 from kvpass.press import Press, PressInputs, ScorerPress, register_press, registered_presses
 from kvpass.runtime.cache import CompressedCache
@@ -14,6 +14,7 @@ __all__ = [
     "Press",
     "PressInputs",
     "ScorerPress",
+    "capture_model",
     "compile",
     "presses",
     "register_press",

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +15,50 @@ from kvpass.capture import capture, max_tokens_of
 from kvpass.errors import PressError
 from kvpass.ir.attention_site import attention_sites
 from kvpass.ir.program import KVProgram
-from kvpass.pass_manager import PassManager
+from kvpass.pass_manager import PassManager, PassRecord
 from kvpass.pipeline import capture_passes
 from kvpass.press import Press, resolve_press
 from kvpass.runtime.cache import CacheLayout, LayerLayout
 from kvpass.runtime.model import CompiledModel, Recipe
+from kvpass.runtime.phases import PhaseGraphs, PrintIR
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model that was exported and located once, to be compiled with any number of presses.
+
+    They share all graphs that do not depend on the press, also what torch.compile made of them.
+    """
+
+    graphs: PhaseGraphs
+    config: PretrainedConfig
+    generation_config: GenerationConfig
+    model_id: str
+    max_tokens: int
+    records: tuple[PassRecord, ...]
+
+
+def capture_model(model: nn.Module, *, print_ir: PrintIR = None) -> CapturedModel:
+    """Export `model` and locate its attentions: the slow part of `compile`, for when several presses are tried.
+
+    Raises `UnsupportedModelError` if the model cannot be captured or an attention not be located.
+    """
+    config = _config_of(model)
+    manager = PassManager(capture_passes(_layers_of(config)), print_ir=print_ir)
+    program = manager.run(capture(model))
+    generation_config = _generation_config_of(model)
+    return CapturedModel(
+        PhaseGraphs(program),
+        config,
+        generation_config,
+        _fingerprint(model),
+        max_tokens_of(model),
+        tuple(manager.records),
+    )
 
 
 def compile(
-    model: nn.Module,
+    model: nn.Module | CapturedModel,
     press: str | Press | None = None,
     ratio: float | None = None,
     *,
@@ -30,10 +66,12 @@ def compile(
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     capacity: int | None = None,
-    print_ir: str | Callable[[str, str], None] | None = None,
+    print_ir: PrintIR = None,
 ) -> CompiledModel:
     """Capture `model` and fuse KV-cache compression into its graph; the model itself stays as it is.
 
+    model: a causal LM of transformers, a module with forward(input_ids, position_ids) -> logits, or what
+        `capture_model` returned.
     press: a name (`kvpass.registered_presses()`), a press object, or None: compiled, nothing is dropped.
     ratio: the fraction of key/value pairs that a prompt loses, 0 <= ratio < 1.
     target_size: instead of a ratio, the number of pairs that each KV head keeps; shorter prompts stay whole.
@@ -53,16 +91,14 @@ def compile(
     budget = Budget(ratio, target_size)
     if budget.keeps_all:
         chosen = None
-    config = _config_of(model)
-    manager = PassManager(capture_passes(_layers_of(config)), print_ir=print_ir)
-    located = manager.run(capture(model))
+    captured = model if isinstance(model, CapturedModel) else capture_model(model, print_ir=print_ir)
     compiled = CompiledModel(
-        located,
-        CacheLayout(_layers(located, chosen), _fingerprint(model), capacity),
-        Recipe(chosen, budget, backend, mode, max_tokens_of(model), print_ir),
-        config,
-        _generation_config_of(model),
-        manager.records,
+        captured.graphs,
+        CacheLayout(_layers(captured.graphs.located, chosen), captured.model_id, capacity),
+        Recipe(chosen, budget, backend, mode, captured.max_tokens, print_ir),
+        copy.deepcopy(captured.config),
+        copy.deepcopy(captured.generation_config),
+        captured.records,
     )
     if chosen is not None:
         compiled.graph("prefill")  # a press that does not fit the model fails here, not at the first prompt

@@ -86,7 +86,11 @@ def _is_identity(program: KVProgram, node: Node) -> bool:
         return False
     if [program.shapes.text(n) for n in old.shape] != [program.shapes.text(n) for n in new.shape]:
         return False
-    if node.target in (*IDENTITIES, *VIEWS, aten.reshape.default) or node.target in CASTS or node.target is aten.expand.default:
+    if (
+        node.target in (*IDENTITIES, *VIEWS, aten.reshape.default)
+        or node.target in CASTS
+        or node.target is aten.expand.default
+    ):
         return True
     if node.target is aten.mul.Tensor:
         return node.args[1] == 1.0 and not isinstance(node.args[1], Node)

@@ -81,9 +81,7 @@ def _store(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node)
     return new_keys, new_values
 
 
-def _append(
-    builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node
-) -> tuple[Node, Node]:
+def _append(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node) -> tuple[Node, Node]:
     layer = site.layer
 
     def append(keys: Tensor, values: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +93,7 @@ def _append(
         return torch.index_put(keys, where, k), torch.index_put(values, where, v)
 
     inputs = [keys, values, lengths, site.keys, site.values]
-    new_keys, new_values = builder.inline(
-        append, inputs, names=["keys_out", "values_out"], layer=layer, like=site.node
-    )
+    new_keys, new_values = builder.inline(append, inputs, names=["keys_out", "values_out"], layer=layer, like=site.node)
     return new_keys, new_values
 
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram, Role
-from kvpass.ir.propagate import assign_values
+from kvpass.ir.propagate import refresh_values
 from kvpass.pass_manager import Pass
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ class KeepLastLogits(Pass):
             return 0
         (last,) = builder.inline(keep_last, [source], names=["last"])
         source.replace_all_uses_with(last, lambda user: user is head or (head is None and user.op == "output"))
-        assign_values(program, {str(n.target): n.meta["val"] for n in program.placeholders()})
+        refresh_values(program, last)
         return 1
 
     def _projection(self, logits: Node) -> Node | None:
@@ -66,5 +66,3 @@ def _is_pointwise(node: Node) -> bool:
 
 def _text(program: KVProgram, node: Node) -> list[str]:
     return [program.shapes.text(size) for size in node.meta["val"].shape]
-
-

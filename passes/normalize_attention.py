@@ -64,7 +64,9 @@ class NormalizeAttention(Pass):
         mask = argument(node, "attn_mask")
         if mask is None:
             if not argument(node, "is_causal"):
-                raise UnsupportedModelError(f"{where}: no mask and is_causal=False, tokens see the future ({node.name})")
+                raise UnsupportedModelError(
+                    f"{where}: no mask and is_causal=False, tokens see the future ({node.name})"
+                )
             return None
         assert isinstance(mask, Node)
         kinds = {_classify(allowed) for allowed in _evaluations(program, mask, where)}
@@ -126,7 +128,9 @@ def _unrepeated(program: KVProgram, attention: Node, name: str) -> Node:
 
 def _heads(node: object) -> int:
     value = node.meta["val"] if isinstance(node, Node) else None
-    return int(value.shape[1]) if isinstance(value, Tensor) and value.dim() == 4 and isinstance(value.shape[1], int) else 0
+    return (
+        int(value.shape[1]) if isinstance(value, Tensor) and value.dim() == 4 and isinstance(value.shape[1], int) else 0
+    )
 
 
 def _repeats(program: KVProgram, source: Node, repeated: Node, times: int) -> bool:
@@ -135,5 +139,3 @@ def _repeats(program: KVProgram, source: Node, repeated: Node, times: int) -> bo
     sample = torch.randn(2, heads, 5, width, dtype=torch.float32).to(source.meta["val"].dtype)
     (result,) = Subgraph((source,), (repeated,)).run({source: sample}, program.shapes.bind(B=2, S=5))
     return torch.equal(result, sample.repeat_interleave(times, dim=1))
-
-

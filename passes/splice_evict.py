@@ -42,12 +42,21 @@ class SpliceEvict(Pass):
             )
             for role, source in ((Role.KEYS, site.keys), (Role.VALUES, site.values)):
                 (held,) = builder.inline(
-                    gather, [source, kept], names=[f"{role.value}_kept"], layer=site.layer, like=site.node, key="gather"
+                    gather,
+                    [source, kept],
+                    names=[f"{role.value}_kept"],
+                    layer=site.layer,
+                    like=site.node,
+                    key="gather",
                 )
                 old = program.output_value(role, site.layer)
                 cache = program.input_node(role, site.layer)
                 (new,) = builder.inline(
-                    store_prefix, [cache, held], names=[f"{role.value}_stored"], layer=site.layer, like=site.node
+                    store_prefix,
+                    [cache, held],
+                    names=[f"{role.value}_stored"],
+                    layer=site.layer,
+                    like=site.node,
                 )
                 old.replace_all_uses_with(new)
                 program.graph.erase_node(old)

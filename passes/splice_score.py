@@ -51,9 +51,7 @@ class SpliceScore(Pass):
             self._splice(program, builder, taps, site, budget)
         return len(sites)
 
-    def _splice(
-        self, program: KVProgram, builder: GraphBuilder, taps: Taps, site: AttentionSite, budget: Node
-    ) -> None:
+    def _splice(self, program: KVProgram, builder: GraphBuilder, taps: Taps, site: AttentionSite, budget: Node) -> None:
         nodes, missing = self._available(taps, site)
         rotation: Rotation | MissingTapError
         try:

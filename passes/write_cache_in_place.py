@@ -48,9 +48,7 @@ class WriteCacheInPlace(Pass):
         cache, new = node.args[:2]
         assert isinstance(cache, Node) and isinstance(new, Node)
         builder.program.graph.erase_node(node)
-        builder.inline(
-            overwrite_prefix, [cache, new], names=[f"{port.role.value}_written"], layer=port.layer, like=new
-        )
+        builder.inline(overwrite_prefix, [cache, new], names=[f"{port.role.value}_written"], layer=port.layer, like=new)
 
 
 def overwrite_prefix(cache: Tensor, new: Tensor) -> Tensor:

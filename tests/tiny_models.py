@@ -136,8 +136,7 @@ def _config_fields(arch: str, overrides: dict[str, Any]) -> dict[str, Any]:
     fields |= overrides
     if arch == "gemma3_text" and "layer_types" not in overrides:
         fields["layer_types"] = [
-            "full_attention" if layer % 2 else "sliding_attention"
-            for layer in range(fields["num_hidden_layers"])
+            "full_attention" if layer % 2 else "sliding_attention" for layer in range(fields["num_hidden_layers"])
         ]
     return fields
 

@@ -39,7 +39,10 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
     device = next(model.parameters()).device
     ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.int64, device=device)
     positions = torch.arange(EXAMPLE_LENGTH, device=device).repeat(EXAMPLE_BATCH, 1)
-    sizes = {0: Dim("batch", min=1, max=2**16), 1: Dim("tokens", min=2, max=max(max_tokens, EXAMPLE_LENGTH + 1))}
+    sizes = {
+        0: Dim("batch", min=1, max=2**16),
+        1: Dim("tokens", min=2, max=max(max_tokens, EXAMPLE_LENGTH + 1)),
+    }
     # Under no_grad, because RoPE modules are decorated with it and would hide in a sub-graph otherwise.
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta():
         exported = torch.export.export(

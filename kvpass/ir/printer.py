@@ -13,8 +13,27 @@ from kvpass.ir.propagate import SYMBOLIC
 
 # Printed inside their only reader: they move data about and say nothing on a line of their own.
 FOLDED = frozenset(
-    "view reshape _unsafe_view expand transpose permute unsqueeze squeeze slice select clone flatten unflatten "
-    "contiguous t alias getitem to _to_copy".split()
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "expand",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "clone",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "t",
+        "alias",
+        "getitem",
+        "to",
+        "_to_copy",
+    ]
 )
 LONGEST_FOLDED = 72  # characters; what a pass computed on the way stands inside its only reader if it is short
 SILENT_KEYWORDS = frozenset({"device", "layout", "pin_memory"})

@@ -8,6 +8,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from kvpass.ir.program import KVProgram
+from kvpass.ir.subgraph import reached_from
 
 SYMBOLIC = (SymInt, SymFloat, SymBool)
 
@@ -39,9 +40,20 @@ def assign_values(program: KVProgram, inputs: Mapping[str, Tensor]) -> None:
             for user in tuple(node.users):
                 constant = node.meta["val"]
                 user.args, user.kwargs = map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, constant=constant: constant if n is node else n
+                    (user.args, user.kwargs),
+                    lambda n, node=node, constant=constant: constant if n is node else n,
                 )
             program.graph.erase_node(node)
+
+
+def refresh_values(program: KVProgram, changed: Node) -> None:
+    """Recompute the values of all that depends on `changed`, whose own value is right."""
+    stale = reached_from([changed], program.graph.nodes) - {changed}
+    with program.shapes.fake_mode, no_grad():
+        for node in sorted(node for node in stale if node.op == "call_function"):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            target: Callable[..., object] = node.target  # type: ignore[assignment]
+            node.meta["val"] = target(*args, **kwargs)
 
 
 def is_size(node: Node) -> bool:

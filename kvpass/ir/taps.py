@@ -69,9 +69,7 @@ class Taps:
         positions = self.program.input_node(Role.POSITION_IDS)
         if not mixing:
             return Rotation(post, Subgraph((positions,), ()), Subgraph((post,), (post,)))
-        frequencies = tuple(
-            dict.fromkeys(s for n in mixing for s in n.all_input_nodes if s in self._positional)
-        )
+        frequencies = tuple(dict.fromkeys(s for n in mixing for s in n.all_input_nodes if s in self._positional))
         before = [n for n in [*stops, *body] if n < min(mixing) and n in self._from_tokens]
         for candidate in sorted(before, reverse=True):
             if self._shape(candidate) != self._shape(post):

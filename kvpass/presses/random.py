@@ -24,7 +24,11 @@ class Random(ScorerPress):
         head = torch.arange(heads, device=device)[:, None]
         state = torch.arange(tokens, device=device) + head * 0x51ED27 + row * 0x2545F5
         state = state + (self.seed * 0x1B873B + x.layer * 0x6C078F) % MODULUS
-        for factor in (0x2C1B3D, 0x5F356B, 0x1B56C5):  # odd factors and shifts: a bijection that scatters its input
+        for factor in (
+            0x2C1B3D,
+            0x5F356B,
+            0x1B56C5,
+        ):  # odd factors and shifts: a bijection that scatters its input
             state = state * factor % MODULUS
             state = state ^ (state >> 11)
         return state.to(torch.float32)

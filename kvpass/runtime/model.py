@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kvpass.backends import Runner, make_runner
 from kvpass.budget import Budget
-from kvpass.errors import CacheError, InputError
+from kvpass.errors import CacheError, InputError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.printer import graph_diff, graph_text
 from kvpass.ir.program import KVProgram, Role
@@ -21,6 +20,7 @@ from kvpass.pipeline import phase_passes
 from kvpass.press import Press
 from kvpass.runtime.cache import CacheLayout, CompressedCache
 from kvpass.runtime.guard import Guard
+from kvpass.runtime.phases import PhaseGraph, PhaseGraphs, PrintIR
 from kvpass.runtime.report import Report
 
 log = logging.getLogger(__name__)
@@ -38,14 +38,7 @@ class Recipe:
     backend: str | Callable[..., Any]
     mode: str | None
     max_tokens: int
-    print_ir: str | Callable[[str, str], None] | None = None
-
-
-@dataclass
-class _PhaseGraph:
-    program: KVProgram
-    records: Sequence[PassRecord]
-    runner: Runner = field(repr=False)
+    print_ir: PrintIR = None
 
 
 class CompiledModel(nn.Module, GenerationMixin):
@@ -56,7 +49,7 @@ class CompiledModel(nn.Module, GenerationMixin):
 
     def __init__(
         self,
-        located: KVProgram,
+        graphs: PhaseGraphs,
         layout: CacheLayout,
         recipe: Recipe,
         config: PretrainedConfig,
@@ -64,14 +57,14 @@ class CompiledModel(nn.Module, GenerationMixin):
         capture_records: Sequence[PassRecord],
     ) -> None:
         super().__init__()
-        self.weights = located.graph_module
+        self.weights = graphs.located.graph_module
         self.config = config
         self.generation_config = generation_config
-        self._located = located
+        self._graphs = graphs
         self._layout = layout
         self._recipe = recipe
         self._capture_records = list(capture_records)
-        self._phases: dict[Phase, _PhaseGraph] = {}
+        self._ready: dict[Phase, PhaseGraph] = {}
         self._guard = Guard(recipe.press.min_tokens if recipe.press else 2)
         self._last_prompt: tuple[int, list[int], int] = (0, [], 0)
         probe = next(self.weights.parameters())
@@ -113,6 +106,16 @@ class CompiledModel(nn.Module, GenerationMixin):
         result: CausalLMOutputWithPast = self(input_ids=input_ids)
         return result
 
+    def set_budget(self, *, ratio: float | None = None, target_size: int | None = None) -> None:
+        """Keep another share of every prompt from now on; nothing is compiled anew.
+
+        Raises `PressError` for a bad value, or if the model was compiled without a press (or with ratio=0).
+        """
+        budget = Budget(ratio, target_size)
+        if self._recipe.press is None and not budget.keeps_all:
+            raise PressError(f"{budget}: this model was compiled without a press, so nothing can be dropped")
+        self._recipe = replace(self._recipe, budget=budget)
+
     def new_cache(self) -> CompressedCache:
         """An empty cache for this model."""
         return CompressedCache(self._layout, self._device)
@@ -133,7 +136,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         cache.allocate(batch, entries)
         outputs = self._run(phase, cache, ids, torch.empty(count, device=self._device))
         kept: list[Tensor | None] = [None] * len(entries)
-        for port, value in zip(self._phases[phase].program.outputs, outputs, strict=True):
+        for port, value in zip(self._phase(phase).program.outputs, outputs, strict=True):
             if port.role is Role.KEPT and port.layer is not None:
                 kept[port.layer] = value
         cache.begin(tokens, kept, entries)
@@ -178,15 +181,13 @@ class CompiledModel(nn.Module, GenerationMixin):
                 case Role.KEYS | Role.VALUES:
                     assert port.layer is not None
                     inputs.append(cache.buffers(port.layer)[port.role is Role.VALUES])
-        return graph.runner(*inputs)
+        return graph.run(*inputs)
 
-    def _phase(self, phase: Phase) -> _PhaseGraph:
-        if phase not in self._phases:
-            manager = PassManager(phase_passes(phase, self._recipe.press), print_ir=self._recipe.print_ir)
-            program = manager.run(self._located)
-            runner = make_runner(program, self._recipe.backend, self._recipe.mode)
-            self._phases[phase] = _PhaseGraph(program, manager.records, runner)
-        return self._phases[phase]
+    def _phase(self, phase: Phase) -> PhaseGraph:
+        if phase not in self._ready:
+            recipe = self._recipe
+            self._ready[phase] = self._graphs.get(phase, recipe.press, recipe.backend, recipe.mode, recipe.print_ir)
+        return self._ready[phase]
 
     # -- checking ----------------------------------------------------------------------------------------------
 
@@ -238,9 +239,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         """Canonical text of the graph of one phase; equal in every process."""
         return graph_text(self.graph(phase))
 
-    def graph_diff(
-        self, layer: int | None = 0, phase: Phase | str = Phase.PREFILL, *, only: str | None = None
-    ) -> str:
+    def graph_diff(self, layer: int | None = 0, phase: Phase | str = Phase.PREFILL, *, only: str | None = None) -> str:
         """What the passes changed in one layer (`None`: outside all layers), as lines with + and -.
 
         `only` names one pass, e.g. "splice-score"; otherwise all of them behind the cut into phases.
@@ -249,16 +248,16 @@ class CompiledModel(nn.Module, GenerationMixin):
         names = [step.name for step in steps]
         if only is not None and only not in names:
             raise ValueError(f"there is no pass {only!r} in {phase}; its passes are {', '.join(names)}")
-        if not 0 <= (layer or 0) < self._located.layer_count:
-            raise ValueError(f"there is no layer {layer}; the model has {self._located.layer_count}")
+        if not 0 <= (layer or 0) < self._graphs.located.layer_count:
+            raise ValueError(f"there is no layer {layer}; the model has {self._graphs.located.layer_count}")
         first, last = (1, len(steps)) if only is None else (names.index(only), names.index(only) + 1)
-        before = PassManager(steps[:first]).run(self._located)
+        before = PassManager(steps[:first]).run(self._graphs.located)
         return graph_diff(before, PassManager(steps[first:last]).run(before), layer)
 
     def report(self) -> Report:
         """The passes with matches, nodes and time, and what is kept per layer of the last prompt."""
         passes = {"capture": self._capture_records}
-        passes |= {phase.value: list(graph.records) for phase, graph in self._phases.items()}
+        passes |= {phase.value: list(graph.records) for phase, graph in self._ready.items()}
         seen, kept, size = self._last_prompt
         press = repr(self._recipe.press) if self._recipe.press else "none"
         return Report(passes, press, str(self._recipe.budget), seen, kept, size)
@@ -342,5 +341,3 @@ def _as_phase(phase: Phase | str) -> Phase:
         return Phase(phase)
     except ValueError:
         raise ValueError(f"there is no phase {phase!r}; phases are {', '.join(p.value for p in Phase)}") from None
-
-

@@ -225,9 +225,7 @@ def copied(cache: Any) -> DynamicCache:
     return copy
 
 
-def answer(
-    model: PreTrainedModel, cache: DynamicCache, question: torch.Tensor, first: int
-) -> torch.Tensor:
+def answer(model: PreTrainedModel, cache: DynamicCache, question: torch.Tensor, first: int) -> torch.Tensor:
     """Logits after each question token, one token a call at its true text position.
 
     Under sdpa a single token gets no mask in a full-attention layer: it sees everything cached.
@@ -279,9 +277,7 @@ def answer_by_mask(
 
         hooks.append(decoder_layer.self_attn.register_forward_pre_hook(with_mask, with_kwargs=True))
     try:
-        out = model(
-            question, position_ids=query_at.T.expand(batch, -1), past_key_values=copied(full)
-        )
+        out = model(question, position_ids=query_at.T.expand(batch, -1), past_key_values=copied(full))
     finally:
         for hook in hooks:
             hook.remove()
@@ -333,10 +329,7 @@ class Builder:
         if self.context.repeats:
             shape = (self.context.batch, count)
             return torch.randint(3, vocabulary, shape, generator=generator)
-        rows = [
-            torch.randperm(vocabulary - 3, generator=generator)[:count] + 3
-            for _ in range(self.context.batch)
-        ]
+        rows = [torch.randperm(vocabulary - 3, generator=generator)[:count] + 3 for _ in range(self.context.batch)]
         return torch.stack(rows)
 
     def prefill(self, cache: DynamicCache) -> torch.Tensor:
@@ -408,9 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "fixtures")
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), action="append", help="default: both"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="default: both")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the order of a sum must not depend on the machine's core count
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # Gemma3's text-only class is "not tested"

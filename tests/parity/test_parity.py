@@ -69,18 +69,14 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "float32": Tolerance(
-        ties=1e-5, ties_after_rounding=1e-5, strays=1.0, entries=1e-5, logits=1e-4
-    ),
+    "float32": Tolerance(ties=1e-5, ties_after_rounding=1e-5, strays=1.0, entries=1e-5, logits=1e-4),
     # bfloat16 has 8 significant bits. kvpress forms attention logits in it: between 4 and 8 they
     # are 2^-5 apart, and one step in a logit moves its probability by as much (measured, for other
     # orders of operations and for scores in float32: 1.7 %). Once keys differ, every logit does,
     # and up to 16 their steps are 2^-4; two of those are 2^-3 (measured, with eager attention:
     # 8 %). That alone might let a wrong method pass; strays does not (measured: one of nine
     # entries). Keys and values up to 6 then differ by 0.16, logits by 0.12.
-    "bfloat16": Tolerance(
-        ties=2**-5, ties_after_rounding=2**-3, strays=0.1, entries=0.25, logits=0.25
-    ),
+    "bfloat16": Tolerance(ties=2**-5, ties_after_rounding=2**-3, strays=0.1, entries=0.25, logits=0.25),
 }
 
 
@@ -140,10 +136,25 @@ def model_of(key: tuple[str, str, int]) -> Any:
 
 
 @functools.cache
-def compiled(key: tuple[str, str, int], press: str, kwargs: str, ratio: float) -> Any:
-    """Compile once for all contexts that share a model, a press and a ratio."""
+def captured(key: tuple[str, str, int]) -> Any:
+    """Capture once for all presses on a model."""
+    return kvpass.capture_model(model_of(key))
+
+
+@functools.cache
+def compiled_with(key: tuple[str, str, int], press: str, kwargs: str) -> Any:
+    """Compile once for all contexts and ratios that share a model and a press."""
     press_object = PRESSES[press](**json.loads(kwargs))
-    return kvpass.compile(model_of(key), press=press_object, ratio=ratio, backend="eager")
+    return kvpass.compile(captured(key), press=press_object, ratio=0.5, backend="eager")
+
+
+def compiled(key: tuple[str, str, int], press: str, kwargs: str, ratio: float) -> Any:
+    """The compiled model, set to a ratio."""
+    if ratio == 0.0:
+        return kvpass.compile(captured(key), press=PRESSES[press](), ratio=0.0, backend="eager")
+    model = compiled_with(key, press, kwargs)
+    model.set_budget(ratio=ratio)
+    return model
 
 
 def as_mask(positions: torch.Tensor, length: int) -> torch.Tensor:
@@ -174,9 +185,7 @@ class Selection:
         return bool((gap > ties * self.weakest_kept.abs()).all())
 
 
-def compare_kept(
-    ours: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, ties: float, strays: float = 1.0
-) -> int:
+def compare_kept(ours: torch.Tensor, kept: torch.Tensor, scores: torch.Tensor, ties: float, strays: float = 1.0) -> int:
     """Fail unless ``ours`` is the reference's selection outside ties; count rows that differ.
 
     ``ours`` and ``kept`` are positions [B, Hkv, N], ``scores`` the reference's [B, Hkv, S].
@@ -297,9 +306,7 @@ def test_model_is_the_fixture_model(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("path", "label"), labels())
-def test_matches_kvpress(
-    path: Path, label: str, record_property: Callable[[str, object], None]
-) -> None:
+def test_matches_kvpress(path: Path, label: str, record_property: Callable[[str, object], None]) -> None:
     ref = reference(path)
     cases = ref.cases(label)
     results = {case["name"]: compare_case(ref, case) for case in cases}
@@ -331,9 +338,7 @@ def test_keeps_everything_at_ratio_zero(path: Path) -> None:
 def is_decided(ref: Reference, case: dict[str, Any]) -> bool:
     """Whether rounding cannot move the reference's choice in any layer."""
     return all(
-        Selection.of(ref.kept(case, layer), ref.scores(case, layer)).decided(
-            ref.tolerance.ties_after_rounding
-        )
+        Selection.of(ref.kept(case, layer), ref.scores(case, layer)).decided(ref.tolerance.ties_after_rounding)
         for layer in ref.metadata["pressed_layers"]
     )
 
@@ -424,9 +429,7 @@ def test_comparison_rejects_many_near_ties() -> None:
     ],
     ids=["too few", "descending", "too far", "negative"],
 )
-def test_comparison_rejects_malformed_positions(
-    change: Callable[[torch.Tensor], torch.Tensor], message: str
-) -> None:
+def test_comparison_rejects_malformed_positions(change: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
     kept, scores = some_selection()
     with pytest.raises(AssertionError, match=message):
         compare_kept(change(kept), kept, scores, ties=1e-5)

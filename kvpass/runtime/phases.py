@@ -1,0 +1,47 @@
+"""The phase graphs of one captured model: built when first needed, shared by all models compiled from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvpass.backends import Runner, make_runner
+from kvpass.ir.form import Phase
+from kvpass.ir.program import KVProgram
+from kvpass.pass_manager import PassManager, PassRecord
+from kvpass.pipeline import phase_passes
+from kvpass.press import Press
+
+PrintIR = str | Callable[[str, str], None] | None
+
+
+@dataclass(frozen=True)
+class PhaseGraph:
+    """One lowered graph and the callable that runs it."""
+
+    program: KVProgram
+    records: Sequence[PassRecord]
+    run: Runner = field(repr=False)
+
+
+@dataclass
+class PhaseGraphs:
+    """Only the prefill graph knows the press: whoever compiles a second press compiles that graph alone."""
+
+    located: KVProgram
+    _built: dict[object, PhaseGraph] = field(default_factory=dict, init=False, repr=False)
+
+    def get(
+        self,
+        phase: Phase,
+        press: Press | None,
+        backend: str | Callable[..., Any],
+        mode: str | None,
+        print_ir: PrintIR = None,
+    ) -> PhaseGraph:
+        """The graph of a phase, run through the passes and handed to the backend at its first mention."""
+        key = (phase, press if phase is Phase.PREFILL else None, backend, mode)
+        if key not in self._built:
+            manager = PassManager(phase_passes(phase, press), print_ir=print_ir)
+            program = manager.run(self.located)
+            self._built[key] = PhaseGraph(program, manager.records, make_runner(program, backend, mode))
+        return self._built[key]
