@@ -1,13 +1,14 @@
 """KV-cache compression as a compiler pass: torch.export in, a model that compresses its own cache out."""
 
 from kvpass import presses
-from kvpass.api import capture_model, compile
+from kvpass.api import CapturedModel, capture_model, compile
 from kvpass.errors import KVPassError
 from kvpass.press import Press, PressInputs, ScorerPress, register_press, registered_presses
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.model import CompiledModel
 
 __all__ = [
+    "CapturedModel",
     "CompiledModel",
     "CompressedCache",
     "KVPassError",

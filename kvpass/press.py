@@ -124,7 +124,8 @@ class PressInputs:
     def per_kv_head(self, per_query_head: Tensor) -> Tensor:
         """[B, H, ...] as [B, Hkv, G, ...]: consecutive query heads share a KV head."""
         heads = self.keys.shape[1]
-        return per_query_head.unflatten(1, (heads, per_query_head.shape[1] // heads))
+        grouped: Tensor = per_query_head.unflatten(1, (heads, per_query_head.shape[1] // heads))
+        return grouped
 
 
 @dataclass(frozen=True)

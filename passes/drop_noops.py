@@ -86,14 +86,10 @@ def _is_identity(program: KVProgram, node: Node) -> bool:
         return False
     if [program.shapes.text(n) for n in old.shape] != [program.shapes.text(n) for n in new.shape]:
         return False
-    if (
-        node.target in (*IDENTITIES, *VIEWS, aten.reshape.default)
-        or node.target in CASTS
-        or node.target is aten.expand.default
-    ):
+    if node.target in (*IDENTITIES, *CASTS, *VIEWS, aten.reshape.default, aten.expand.default):
         return True
     if node.target is aten.mul.Tensor:
-        return node.args[1] == 1.0 and not isinstance(node.args[1], Node)
+        return not isinstance(node.args[1], Node) and bool(node.args[1] == 1.0)
     if node.target is aten.slice.Tensor:
         start, step = argument(node, "start"), argument(node, "step")
         return start in (0, None) and step == 1 and not isinstance(argument(node, "end"), SymInt)

@@ -101,14 +101,15 @@ def _attend(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node
     layer, window, scale = site.layer, site.window, site.scale
 
     def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        batch, heads, tokens, _ = q.shape
+        _, heads, tokens, _ = q.shape
         groups = heads // keys.shape[1]
         slots = lengths[layer][:, None] + torch.arange(tokens, device=q.device)
         mask = cache_mask(slots, keys.shape[2], window)
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, G * S, C]
         grouped = q.unflatten(1, (keys.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G * S, D]
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        return out.unflatten(2, (groups, tokens)).flatten(1, 2)
+        out: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        ungrouped: Tensor = out.unflatten(2, (groups, tokens)).flatten(1, 2)
+        return ungrouped
 
     (out,) = builder.inline(
         attend, [site.queries, keys, values, lengths], names=["attended"], layer=layer, like=site.node

@@ -52,8 +52,8 @@ class NormalizeAttention(Pass):
             )
             grouped = {"enable_gqa": True} if _heads(queries) != _heads(keys) else {}
             scale = argument(node, "scale")
-            node.args = (queries, keys, values, mask, 0.0, mask is None)  # type: ignore[assignment]
-            node.kwargs = {"scale": scale, **grouped}  # type: ignore[dict-item]
+            node.args = (queries, keys, values, mask, 0.0, mask is None)
+            node.kwargs = {"scale": scale, **grouped}
             node.meta["window"] = window
         program.graph.eliminate_dead_code()
         return len(attentions)

@@ -48,7 +48,8 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
         exported = torch.export.export(
             _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
         )
-        return exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions({})
+        return functional
 
 
 def program_from_export(exported: ExportedProgram) -> KVProgram:

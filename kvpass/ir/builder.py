@@ -143,8 +143,8 @@ class GraphBuilder:
 
 
 def _outputs(graph: Graph) -> list[Node]:
-    value = next(iter(reversed(graph.nodes))).args[0]
-    return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[list-item]
+    value = graph.output_node().args[0]
+    return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[arg-type, list-item]
 
 
 def _after(node: Node) -> Node:

@@ -3,17 +3,15 @@
 import torch
 from torch import Tensor
 
-from kvpass.ir.symbols import Size
 
-
-def window_mask(tokens: Size, window: int, device: torch.device) -> Tensor:
+def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
     """Causal attention over the last `window` tokens, the query's own included. bool[S, S]."""
     key = torch.arange(tokens, device=device)
     query = key[:, None]
     return (key <= query) & (key > query - window)
 
 
-def cache_mask(slots: Tensor, capacity: Size, window: int | None) -> Tensor:
+def cache_mask(slots: Tensor, capacity: int, window: int | None) -> Tensor:
     """What tokens that are written to `slots` may see of a cache: all occupied slots up to their own.
 
     slots i64[B, S], ascending in each row. bool[B, 1, S, C]. With a window, slots stand for positions, which holds

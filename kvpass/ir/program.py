@@ -79,7 +79,7 @@ class KVProgram:
         return next(node for node in self.placeholders() if node.target == names[0])
 
     def output_node(self) -> Node:
-        return next(iter(reversed(self.graph.nodes)))
+        return self.graph.output_node()
 
     def output_value(self, role: Role, layer: int | None = None) -> Node:
         """The node whose value leaves the graph as this output."""

@@ -1,21 +1,22 @@
 """Compute the fake value of every node of a graph."""
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor, no_grad
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from kvpass.ir.program import KVProgram
-from kvpass.ir.subgraph import reached_from
+from kvpass.ir.subgraph import call, reached_from
 
 SYMBOLIC = (SymInt, SymFloat, SymBool)
 
 
-def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, object]:
+def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, Any]:
     """The value of every node, given fake tensors for the placeholders; the graph is not changed."""
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
     with program.shapes.fake_mode, no_grad():
         for node in program.graph.nodes:
             if node.op == "placeholder":
@@ -23,9 +24,7 @@ def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, ob
             elif node.op == "get_attr":
                 values[node] = program.shapes.fake(program.attribute(node))
             elif node.op == "call_function":
-                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                target: Callable[..., object] = node.target
-                values[node] = target(*args, **kwargs)
+                values[node] = call(node, values.__getitem__)
             elif node.op != "output":
                 raise TypeError(f"node {node.name}: a program holds no {node.op!r} nodes")
     return values
@@ -38,12 +37,15 @@ def assign_values(program: KVProgram, inputs: Mapping[str, Tensor]) -> None:
     for node in reversed(program.graph.nodes):
         if node.op == "call_function" and isinstance(node.meta["val"], int | float | bool):
             for user in tuple(node.users):
-                constant = node.meta["val"]
-                user.args, user.kwargs = map_arg(
-                    (user.args, user.kwargs),
-                    lambda n, node=node, constant=constant: constant if n is node else n,
-                )
+                _replace_by_constant(user, node)
             program.graph.erase_node(node)
+
+
+def _replace_by_constant(user: Node, size: Node) -> None:
+    def constant(node: Node) -> Any:
+        return size.meta["val"] if node is size else node
+
+    user.args, user.kwargs = map_arg((user.args, user.kwargs), constant)
 
 
 def refresh_values(program: KVProgram, changed: Node) -> None:
@@ -51,9 +53,7 @@ def refresh_values(program: KVProgram, changed: Node) -> None:
     stale = reached_from([changed], program.graph.nodes) - {changed}
     with program.shapes.fake_mode, no_grad():
         for node in sorted(node for node in stale if node.op == "call_function"):
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            target: Callable[..., object] = node.target  # type: ignore[assignment]
-            node.meta["val"] = target(*args, **kwargs)
+            node.meta["val"] = call(node, lambda source: source.meta["val"])
 
 
 def is_size(node: Node) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -67,15 +68,20 @@ class Subgraph:
 
         `sizes` is keyed by torch's own name of the symbol.
         """
-        values: dict[Node, object] = dict(tensors)
+        values: dict[Node, Any] = dict(tensors)
         for node in self.body:
             if _reads_size(node) and node.args[0] not in values:
                 values[node] = sizes[str(node.meta["val"].node.expr)]
                 continue
-            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            target: Callable[..., object] = node.target  # type: ignore[assignment]
-            values[node] = target(*args, **kwargs)
-        return tuple(values[node] for node in self.outputs)  # type: ignore[misc]
+            values[node] = call(node, values.__getitem__)
+        return tuple(values[node] for node in self.outputs)
+
+
+def call(node: Node, value_of: Callable[[Node], Any]) -> Any:
+    """Call the operator of a node on the values of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), value_of)
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return target(*args, **kwargs)
 
 
 class _Label(str):

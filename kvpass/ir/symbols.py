@@ -1,7 +1,7 @@
 """Named symbolic sizes: the one place that talks to torch's shape environment."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import sympy
 import torch
@@ -36,7 +36,7 @@ class SymbolicShapes:
     def dim(self, name: str, hint: int, low: int = 2, high: int = 2**31 - 1) -> Size:
         """The symbolic size called `name`, created at its first mention."""
         if name not in self._sizes:
-            context = StatelessSymbolicContext(
+            context: Any = StatelessSymbolicContext(
                 dynamic_sizes=[DimDynamic.DYNAMIC],
                 constraint_sizes=[StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=False)],
             )

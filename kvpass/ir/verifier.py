@@ -72,8 +72,8 @@ def _sites(program: KVProgram) -> Iterator[str]:
     for site in sites:
         if site.node.target is not SDPA:
             yield f"layer {site.layer}: node {site.node.name} is marked as attention but calls {site.node.target}"
-        queries, keys, values = (site.shape(tap) for tap in (site.queries, site.keys, site.values))
-        if keys[:3] != values[:3] or queries[1] % keys[1]:
+        queries, keys, values = (_texts(program, tap.meta["val"]) for tap in (site.queries, site.keys, site.values))
+        if keys[:3] != values[:3] or int(queries[1]) % int(keys[1]):
             yield f"layer {site.layer}: queries {queries}, keys {keys} and values {values} do not fit together"
 
 

@@ -14,4 +14,5 @@ class Knorm(ScorerPress):
     """The score is the negative L2 norm of the key, in float32 whatever the model's dtype (bf16 norms tie)."""
 
     def score(self, x: PressInputs) -> Tensor:
-        return -torch.linalg.vector_norm(x.keys, dim=-1, dtype=torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(x.keys, dim=-1, dtype=torch.float32)
+        return -norm

@@ -98,7 +98,7 @@ class CompiledModel(nn.Module, GenerationMixin):
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(
             logits=logits,
-            past_key_values=None if use_cache is False else cache,  # type: ignore[arg-type]
+            past_key_values=None if use_cache is False else cache,
         )
 
     def prefill(self, input_ids: Tensor) -> CausalLMOutputWithPast:
@@ -127,7 +127,8 @@ class CompiledModel(nn.Module, GenerationMixin):
         """
         if options.get("past_key_values") is None and options.get("use_cache", True):
             options["past_key_values"] = self.new_cache()
-        return super().generate(inputs, *args, **options)
+        base: Any = super()  # typed for transformers' own models only
+        return base.generate(inputs, *args, **options)
 
     def _prefill_into(self, phase: Phase, cache: CompressedCache, ids: Tensor) -> Tensor:
         batch, tokens = ids.shape

@@ -1,0 +1,1 @@
+"""`kvpass demo`: a real model reads a long real text, with and without compression."""

