@@ -30,7 +30,7 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32 (513 MiB) and its tokenizer; the first call converts, 30 to 60 s.
 
     The 4-bit origin shows: it copies and continues well, it knows few facts. Ask it by half a sentence to complete.
-    Raises `MissingModelError` if the weights are neither installed nor converted.
+    Raises `MissingModelError` if the package is not installed.
     """
     folder = converted_folder()
     options = {"pretrained_model_name_or_path": folder, "local_files_only": True}
@@ -72,7 +72,9 @@ def _convert_atomically(gguf: Path, folder: Path) -> None:
     """A folder of the final name is complete: it is written under another name, then renamed."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingModelError(f"reading {gguf.name} needs {' and '.join(missing)}; run: pip install {' '.join(missing)}")
+        raise MissingModelError(
+            f"reading {gguf.name} needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
         made = Path(work) / "model"

@@ -14,6 +14,7 @@ from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
 from kvpass.ir.masks import window_mask
 from kvpass.ir.program import KVProgram, Role, layer_of
+from kvpass.ir.rename import renumber
 from kvpass.ir.subgraph import Subgraph, argument
 from kvpass.pass_manager import Pass
 
@@ -56,6 +57,7 @@ class NormalizeAttention(Pass):
             node.kwargs = {"scale": scale, **grouped}
             node.meta["window"] = window
         program.graph.eliminate_dead_code()
+        renumber(program)  # both roads of capture end here, in the same text
         return len(attentions)
 
     def _window(self, program: KVProgram, node: Node) -> int | None:

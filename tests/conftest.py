@@ -1,37 +1,12 @@
-"""Models that many tests share; capturing one takes seconds, so each is captured once."""
+"""Fixtures of all tests."""
 
-import functools
 import os
 
 import pytest
-import torch
-from tiny_models import ARCHITECTURES, tiny_model
-from transformers import PreTrainedModel
-
-import kvpass
+from models import captured_model, compiled_model, eager_model, token_ids  # noqa: F401
+from tiny_models import ARCHITECTURES
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-@functools.cache
-def eager_model(arch: str) -> PreTrainedModel:
-    """The tiny random model of an architecture; shared, do not change it."""
-    return tiny_model(arch)
-
-
-@functools.cache
-def captured_model(arch: str) -> kvpass.CapturedModel:
-    return kvpass.capture_model(eager_model(arch))
-
-
-def compiled_model(arch: str, press: "str | kvpass.Press | None" = None, **options: object) -> kvpass.CompiledModel:
-    """Compiled with the eager backend, which shows the same graphs without a compiler's minutes."""
-    return kvpass.compile(captured_model(arch), press=press, **{"backend": "eager", **options})  # type: ignore[arg-type]
-
-
-def token_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids i64[batch, tokens] that are no special tokens."""
-    return torch.randint(3, 250, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=ARCHITECTURES)

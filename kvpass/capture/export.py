@@ -9,9 +9,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.form import Form
-from kvpass.ir.printer import op_name
 from kvpass.ir.program import KVProgram, Port, Role
 from kvpass.ir.propagate import assign_values
+from kvpass.ir.rename import plain_name
 from kvpass.ir.symbols import SymbolicShapes
 
 # Sizes of the example. A dynamic size of 1 would be frozen, and equal sizes could be taken for one another.
@@ -82,7 +82,7 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
     for node in exported.graph.nodes:
         if node.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), placed.__getitem__)
-            placed[node] = graph.create_node("call_function", node.target, args, kwargs, name=_plain_name(node))
+            placed[node] = graph.create_node("call_function", node.target, args, kwargs, name=plain_name(node))
             placed[node].meta = dict(node.meta)
         elif node.op not in ("placeholder", "output"):
             raise UnsupportedModelError(
@@ -104,11 +104,6 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
     shape = (program.shapes.dim("B", EXAMPLE_BATCH + 1), program.shapes.dim("S", EXAMPLE_LENGTH + 5))
     assign_values(program, {p.name: program.shapes.empty(shape, torch.int64, device) for p in inputs})
     return program
-
-
-def _plain_name(node: Node) -> str:
-    """`mul` for `mul_47`: torch's numbers depend on its version; ours count what is there."""
-    return op_name(node).replace(".", "_")
 
 
 def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:

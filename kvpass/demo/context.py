@@ -58,13 +58,12 @@ def make_context(tokenizer: PreTrainedTokenizerBase, tokens: int, needles: tuple
     """The first `tokens` tokens of the text, needles included, which stand at equal distances between sentences."""
     added = sum(len(encode(tokenizer, f" {needle.sentence}")[0]) for needle in needles)
     text = long_text()
-    body = str(tokenizer.decode(encode(tokenizer, text)[0, : tokens - added]))
+    end = len(str(tokenizer.decode(encode(tokenizer, text)[0, : tokens - added])))
     # From the last needle to the first: an insertion moves what follows it.
     for index, needle in reversed(list(enumerate(needles, start=1))):
-        place = _sentence_end(body, len(body) * index // (len(needles) + 1))
-        body = f"{body[:place]} {needle.sentence}{body[place:]}"
-    rest = text[len(body) - sum(len(needle.sentence) + 1 for needle in needles) :]
-    return Context(encode(tokenizer, body + rest)[:, :tokens], needles)
+        place = _sentence_end(text[:end], end * index // (len(needles) + 1))
+        text = f"{text[:place]} {needle.sentence}{text[place:]}"
+    return Context(encode(tokenizer, text)[:, :tokens], needles)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

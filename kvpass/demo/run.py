@@ -1,0 +1,61 @@
+"""The course of `kvpass demo`: load, compile, read, ask, compare."""
+
+import transformers
+from rich.console import Console
+
+import kvpass
+from kvpass import smollm2
+from kvpass.budget import Budget
+from kvpass.demo import show
+from kvpass.demo.context import Context, make_context
+from kvpass.demo.measure import Measured, measure, warm_up
+from kvpass.press import resolve_press
+
+
+def run_demo(
+    console: Console, *, tokens: int, press: str, ratio: float, backend: str, new_tokens: int
+) -> dict[str, Measured]:
+    """Compare SmolLM2-135M-Instruct on `tokens` of text as it is and compiled; returns what was measured.
+
+    Raises `KVPassError` if the press or ratio is wrong, which is seen first, or the model is not installed.
+    """
+    resolve_press(press)
+    Budget(ratio)
+    # The demo owns its output: transformers' bars and hints on stderr would tear the spinner line.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    with show.step(console, "Loading SmolLM2-135M-Instruct (converted once, at the first run)"):
+        model, tokenizer = smollm2.load()
+    context = make_context(tokenizer, tokens)
+    _introduce(console, context)
+    plain_name, compiled_name = "transformers, uncompressed", f"kvpass, {press}, ratio {ratio:g}, {backend}"
+    with show.step(console, f"Capturing the model with torch.export, splicing {press} into its graph"):
+        compiled = kvpass.compile(model, press=press, ratio=ratio, backend=backend)
+    verb = "Running" if backend == "eager" else "Compiling and running"
+    warm_up(compiled, context, tokenizer, lambda phase: show.step(console, f"{verb} the {phase} graph, {backend}"))
+    warm_up(model, context, tokenizer, lambda phase: show.step(console, f"Warming up transformers, {phase}"))
+    columns = {}
+    for name, subject in ((plain_name, model), (compiled_name, compiled)):
+        with show.step(console, f"Reading, continuing and answering: {name}"):
+            columns[name] = measure(subject, context, tokenizer, new_tokens)
+    console.print()
+    show.print_continuations(console, columns)
+    show.print_questions(console, context.needles, columns)
+    show.print_numbers(console, context.ids.shape[1], columns, context.needles)
+    console.print(
+        "One run each, after a warm-up run. transformers runs eagerly with its DynamicCache, so the difference in "
+        "time is that of compiling and compressing together.",
+        style="dim",
+    )
+    return columns
+
+
+def _introduce(console: Console, context: Context) -> None:
+    console.print(
+        f"\nThe context: {context.ids.shape[1]:,} tokens of the Python language reference. These sentences were added "
+        "to it at equal distances, to ask about them:",
+        highlight=False,
+    )
+    for needle in context.needles:
+        console.print(f"  {needle.sentence}", markup=False, highlight=False)
+    console.print("The context is compressed before any question is known; all questions share the one cache.\n")

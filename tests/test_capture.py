@@ -1,0 +1,76 @@
+"""Capture leaves the model as it was, and says why it cannot."""
+
+import copy
+
+import pytest
+import torch
+from models import eager_model, token_ids
+from modules import PlainLM
+from tiny_models import tiny_model
+
+import kvpass
+from kvpass.capture import capture
+from kvpass.capture.transformers_model import attending_with_kvpass
+from kvpass.errors import UnsupportedModelError
+
+
+def test_the_attention_implementation_comes_back_after_an_exception() -> None:
+    model = eager_model("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="in the middle"), attending_with_kvpass(model):
+        raise RuntimeError("in the middle")
+    assert model.config._attn_implementation == before
+
+
+def test_capture_does_not_change_the_model(arch: str) -> None:
+    """Weights, buffers, config, mode and answers are the same bits before and after."""
+    model = tiny_model(arch, seed=3).train()
+    state, config = copy.deepcopy(model.state_dict()), copy.deepcopy(model.config.to_dict())
+    ids = token_ids(2, 33)
+    expected = model.eval()(ids).logits
+    model.train()
+    capture(model)
+    assert model.training
+    assert model.config.to_dict() == config
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model.eval()(ids).logits, expected)
+
+
+def test_parameters_are_shared_not_copied() -> None:
+    model = tiny_model("llama")
+    held = {id(p) for p in capture(model).graph_module.parameters()}
+    assert held <= {id(p) for p in model.parameters()}
+
+
+def test_a_plain_module_runs_from_prefill_to_decode() -> None:
+    """A module that transformers does not know: compressed prefill equals its own logits, decode equals one shot."""
+    model = PlainLM("causal", "repeated", "mask")
+    ids = token_ids(2, 40) % 60
+    whole = model(ids, torch.arange(40).repeat(2, 1))
+    pressed = kvpass.compile(model, press="snapkv", target_size=7, backend="eager", capacity=64)
+    assert pressed.prefill(ids).past_key_values.kept(1) == 40  # too short for a window of 64: kept whole
+    pressed = kvpass.compile(model, press="expected_attention", target_size=7, backend="eager")
+    out = pressed.prefill(ids[:, :30])
+    torch.testing.assert_close(out.logits[:, 0], whole[:, 29], atol=1e-5, rtol=1e-5)
+    assert [out.past_key_values.kept(layer) for layer in range(3)] == [7, 7, 7]
+    dense = kvpass.compile(model, backend="eager")
+    out = dense.prefill(ids[:, :30])
+    steps = [dense(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values).logits for i in range(30, 40)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 30:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_plain_module_generates() -> None:
+    model = kvpass.compile(PlainLM("causal", "causal"), press="knorm", ratio=0.5, backend="eager")
+    ids = token_ids(1, 20) % 60
+    out = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert out.shape == (1, 26)
+
+
+def test_models_that_keep_state_or_sinks_are_refused() -> None:
+    """What SDPA cannot express is named with its layer."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    config = GptOssConfig(num_hidden_layers=1, intermediate_size=32, num_local_experts=2, **sizes)
+    with pytest.raises(UnsupportedModelError, match=r"layer 0.*s_aux"):
+        capture(GptOssForCausalLM(config))
