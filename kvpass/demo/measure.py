@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Measured:
 
 @torch.no_grad()
 def warm_up(model: Model, context: Context, tokenizer: PreTrainedTokenizerBase, step: Step) -> None:
-    """Call every phase with inputs of the real sizes, so that it is compiled for them; `step` wraps each phase."""
+    """Call every phase with inputs of the real sizes, to compile it for them; `step` wraps each phase."""
     question = encode(tokenizer, context.needles[0].question)
     with step("prefill"):
         cache, _ = _read(model, context.ids)
@@ -68,13 +69,14 @@ def measure(model: Model, context: Context, tokenizer: PreTrainedTokenizerBase, 
 
 def _read(model: Model, ids: Tensor) -> tuple[Cache, Tensor]:
     """Prefill: the cache, and the logits [1, 1, V] of the last token. Only those: as generate() does it."""
-    empty: Cache = model.new_cache() if isinstance(model, CompiledModel) else DynamicCache(config=model.config)
-    result = model(input_ids=ids, past_key_values=empty, logits_to_keep=1)
-    return empty, result.logits
+    cache: Cache
+    cache = model.new_cache() if isinstance(model, CompiledModel) else DynamicCache(config=model.config)
+    result = model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    return cache, result.logits
 
 
 def _continue(model: Model, cache: Cache, logits: Tensor, new_tokens: int) -> tuple[Tensor, float]:
-    """Greedy decoding of `new_tokens`, the first from `logits`: ids i64[1, new_tokens], seconds of the others."""
+    """Greedy decoding: ids i64[1, new_tokens], and the seconds of all but the first, which `logits` give."""
     tokens = [logits[:, -1:].argmax(dim=-1)]
     start = time.perf_counter()
     while len(tokens) < new_tokens:
@@ -83,10 +85,13 @@ def _continue(model: Model, cache: Cache, logits: Tensor, new_tokens: int) -> tu
     return torch.cat(tokens, dim=1), time.perf_counter() - start
 
 
-def _answer(model: Model, cache: Cache, context: Context, question: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _answer(
+    model: Model, cache: Cache, context: Context, question: str, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """The first line of the greedy answer to one question; `cache` stays as it is, for the next one."""
     ids = torch.cat([context.ids, encode(tokenizer, question)], dim=1)
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=copy.deepcopy(cache),
@@ -105,5 +110,6 @@ def _sizes(cache: Cache) -> tuple[int, int]:
     """Bytes of the entries, bytes of the storage that holds them."""
     if isinstance(cache, CompressedCache):
         return cache.used_bytes, cache.nbytes
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     return sum(t.nbytes for t in tensors), sum(t.untyped_storage().nbytes() for t in tensors)

@@ -1,5 +1,9 @@
 """The course of `kvpass demo`: load, compile, read, ask, compare."""
 
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
 import transformers
 from rich.console import Console
 
@@ -13,7 +17,7 @@ from kvpass.press import resolve_press
 
 
 def run_demo(
-    console: Console, *, tokens: int, press: str, ratio: float, backend: str, new_tokens: int
+    console: Console, tokens: int, press: str, ratio: float, backend: str, new_tokens: int
 ) -> dict[str, Measured]:
     """Compare SmolLM2-135M-Instruct on `tokens` of text as it is and compiled; returns what was measured.
 
@@ -22,8 +26,9 @@ def run_demo(
     resolve_press(press)
     Budget(ratio)
     # The demo owns its output: transformers' bars and hints on stderr would tear the spinner line.
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    output: Any = transformers.utils.logging
+    output.disable_progress_bar()
+    output.set_verbosity_error()
     with show.step(console, "Loading SmolLM2-135M-Instruct (converted once, at the first run)"):
         model, tokenizer = smollm2.load()
     context = make_context(tokenizer, tokens)
@@ -32,8 +37,11 @@ def run_demo(
     with show.step(console, f"Capturing the model with torch.export, splicing {press} into its graph"):
         compiled = kvpass.compile(model, press=press, ratio=ratio, backend=backend)
     verb = "Running" if backend == "eager" else "Compiling and running"
-    warm_up(compiled, context, tokenizer, lambda phase: show.step(console, f"{verb} the {phase} graph, {backend}"))
-    warm_up(model, context, tokenizer, lambda phase: show.step(console, f"Warming up transformers, {phase}"))
+    for subject, label in (
+        (compiled, f"{verb} the % graph, {backend}"),
+        (model, "Warming up transformers, %"),
+    ):
+        warm_up(subject, context, tokenizer, partial(_phase_step, console, label))
     columns = {}
     for name, subject in ((plain_name, model), (compiled_name, compiled)):
         with show.step(console, f"Reading, continuing and answering: {name}"):
@@ -41,21 +49,27 @@ def run_demo(
     console.print()
     show.print_continuations(console, columns)
     show.print_questions(console, context.needles, columns)
-    show.print_numbers(console, context.ids.shape[1], columns, context.needles)
+    show.print_numbers(console, context.ids.shape[1], context.needles, columns)
     console.print(
-        "One run each, after a warm-up run. transformers runs eagerly with its DynamicCache, so the difference in "
-        "time is that of compiling and compressing together.",
+        "One run each, after a warm-up run. transformers runs eagerly with its DynamicCache: the difference "
+        "in time is that of compiling and compressing together.",
         style="dim",
     )
     return columns
 
 
+def _phase_step(console: Console, label: str, phase: str) -> AbstractContextManager[None]:
+    return show.step(console, label.replace("%", phase))
+
+
 def _introduce(console: Console, context: Context) -> None:
     console.print(
-        f"\nThe context: {context.ids.shape[1]:,} tokens of the Python language reference. These sentences were added "
-        "to it at equal distances, to ask about them:",
+        f"\nThe context: {context.ids.shape[1]:,} tokens of the Python language reference. These sentences "
+        "were added to it at equal distances, to ask about them:",
         highlight=False,
     )
     for needle in context.needles:
         console.print(f"  {needle.sentence}", markup=False, highlight=False)
-    console.print("The context is compressed before any question is known; all questions share the one cache.\n")
+    console.print(
+        "The context is compressed before any question is known; all questions share the one cache.\n"
+    )

