@@ -28,7 +28,8 @@ class MissingModelError(KVPassError):
     """The package with the weights, or one that reads them, is not installed; the message says how."""
 
 
-def load() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+# Any: the type hints of transformers let nobody call generate() of a model class.
+def load() -> tuple[Any, PreTrainedTokenizerBase]:
     """The model in float32 (513 MiB) and its tokenizer; the first call converts, 20 to 60 s.
 
     The 4-bit origin shows: it copies and continues well, it knows few facts. Ask it by half a sentence.

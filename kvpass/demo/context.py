@@ -55,7 +55,9 @@ def long_text() -> str:
 
 
 def make_context(
-    tokenizer: PreTrainedTokenizerBase, tokens: int, needles: tuple[Needle, ...] = NEEDLES
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    needles: tuple[Needle, ...] = NEEDLES,
 ) -> Context:
     """The first `tokens` tokens of the text, with the needles at equal distances between its sentences."""
     added = sum(len(encode(tokenizer, f" {needle.sentence}")[0]) for needle in needles)

@@ -86,7 +86,11 @@ def _continue(model: Model, cache: Cache, logits: Tensor, new_tokens: int) -> tu
 
 
 def _answer(
-    model: Model, cache: Cache, context: Context, question: str, tokenizer: PreTrainedTokenizerBase
+    model: Model,
+    cache: Cache,
+    context: Context,
+    question: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """The first line of the greedy answer to one question; `cache` stays as it is, for the next one."""
     ids = torch.cat([context.ids, encode(tokenizer, question)], dim=1)

@@ -1,0 +1,76 @@
+"""What torch.compile makes of the graphs: equal to eager, compiled once for all lengths, the cache never copied."""
+
+import re
+
+import pytest
+import torch
+from models import captured_model, token_ids
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+import kvpass
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[kvpass.CompiledModel, kvpass.CompiledModel]:
+    torch._dynamo.reset()
+    pair = [kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, backend=b) for b in ("inductor", "eager")]
+    return pair[0], pair[1]
+
+
+def talk(model: kvpass.CompiledModel, batch: int, tokens: int) -> list[torch.Tensor]:
+    """A prompt, 300 generated tokens (the cache grows on the way), a question of 7 tokens."""
+    ids = token_ids(batch, tokens, seed=tokens)
+    out = model.generate(ids, max_new_tokens=300, min_new_tokens=300, do_sample=False, return_dict_in_generate=True)
+    cache = out.past_key_values
+    answer = model(input_ids=token_ids(batch, 7, seed=1), past_key_values=cache)
+    kept = [cache.positions(layer) for layer in range(len(cache))]
+    return [out.sequences, answer.logits, *kept, cache.keys(1), cache.values(1)]
+
+
+def test_one_compile_serves_all_lengths(models: tuple[kvpass.CompiledModel, kvpass.CompiledModel]) -> None:
+    """Three graphs for one row and three for several, whatever the lengths; results equal the eager backend's."""
+    inductor, eager = models
+    for batch, tokens, graphs in [(1, 101, 3), (1, 260, 3), (1, 128, 3), (2, 90, 6), (3, 131, 6)]:
+        for found, expected in zip(talk(inductor, batch, tokens), talk(eager, batch, tokens), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_decode_allocates_nothing_of_the_cache_size() -> None:
+    """The generated code of a decode step makes no buffer with the cache's capacity and head size."""
+    torch._dynamo.reset()
+    model = kvpass.compile(captured_model("llama"), backend="inductor", capacity=1000)
+    cache = model.prefill(token_ids(1, 50)).past_key_values
+    buffers = [t.data_ptr() for layer in range(2) for t in cache.buffers(layer)]
+
+    def step() -> object:
+        return model(input_ids=token_ids(1, 1), past_key_values=cache)
+
+    _, codes = run_and_get_code(step)
+    assert len(codes) == 1
+    cached = set(re.findall(r"assert_size_stride\(arg\d+_1, \(1, 2, (\w+), 16\)", codes[0]))
+    assert cached  # the symbols (or numbers) that stand for the capacity of keys and values
+    allocated = [shape.split(", ") for shape in re.findall(r"empty_strided\w*\(\((.*?)\), ", codes[0])]
+    assert any(cached & set(shape) for shape in allocated)  # the mask: one number a slot
+    assert not [shape for shape in allocated if cached & set(shape) and "16" in shape]
+    assert [t.data_ptr() for layer in range(2) for t in cache.buffers(layer)] == buffers
+
+
+def test_any_backend_of_torch_compile(models: tuple[kvpass.CompiledModel, kvpass.CompiledModel]) -> None:
+    """A function serves as a backend, a name and a mode are passed through."""
+    seen: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.append(len(list(module.graph.nodes)))
+        return module.forward
+
+    ids = token_ids(1, 80)
+    expected = models[1].prefill(ids).logits
+    custom = kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, backend=backend)
+    torch.testing.assert_close(custom.prefill(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert len(seen) == 1
+    named = kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, backend="aot_eager")
+    torch.testing.assert_close(named.prefill(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="Unrecognized mode=fastest"):
+        kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, mode="fastest").prefill(ids)
