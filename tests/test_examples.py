@@ -22,7 +22,7 @@ def _installed(distribution: str) -> bool:
     return importlib.util.find_spec("gguf") is not None
 
 
-@pytest.mark.skipif(not _installed(smollm2.DISTRIBUTION), reason=f"needs the model: {smollm2.INSTALL}, and gguf")
+@pytest.mark.skipif(not _installed(smollm2.DISTRIBUTION), reason=f"needs gguf, and {smollm2.INSTALL}")
 def test_quickstart_continues_answers_and_reports() -> None:
     command = [sys.executable, "examples/quickstart.py", "--tokens", "192"]
     command += ["--backend", "eager", "--max-new-tokens", "8"]

@@ -15,5 +15,7 @@ Runner = Callable[..., tuple[Tensor, ...]]
 def make_runner(program: KVProgram, backend: str | Callable[..., Any], mode: str | None) -> Runner:
     """A callable over the tensors of `program.inputs`, in their order, that returns those of `program.outputs`."""
     if backend == "eager":
+        if mode is not None:
+            raise ValueError(f"mode={mode!r} is for torch.compile; backend='eager' runs the graph as it is")
         return run_eagerly(program)
     return CompiledGraph(program, backend, mode)

@@ -70,4 +70,4 @@ def _introduce(console: Console, context: Context) -> None:
     )
     for needle in context.needles:
         console.print(f"  {needle.sentence}", markup=False, highlight=False)
-    console.print("The context is compressed before any question is known; all questions share the one cache.\n")
+    console.print("It is compressed before any question is known; all questions share one cache.\n")

@@ -48,7 +48,12 @@ def print_continuations(console: Console, columns: dict[str, Measured]) -> None:
         console.print(Text(" ".join(measured.continuation.split())), "\n")
 
 
-def print_numbers(console: Console, tokens: int, needles: Sequence[Needle], columns: dict[str, Measured]) -> None:
+def print_numbers(
+    console: Console,
+    tokens: int,
+    needles: Sequence[Needle],
+    columns: dict[str, Measured],
+) -> None:
     """The measured numbers side by side."""
     table = Table(title="Measured", title_justify="left")
     table.add_column()

@@ -190,11 +190,11 @@ class CompressedCache(Cache):
         return self
 
     def crop(self, max_length: int) -> None:
-        """Forget the last tokens until `max_length` are seen (a negative number: that many tokens).
+        """Forget the last tokens until `max_length` are seen (zero or less: that many fewer than now).
 
         Raises `CacheError` for what lies inside a compressed context: what was dropped does not come back.
         """
-        target = self.seen_tokens + max_length if max_length < 0 else min(max_length, self.seen_tokens)
+        target = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
         removed = self.seen_tokens - target
         compressed = any(kept is not None for kept in self._kept)
         if target < 0 or (compressed and target < self._context[0]):

@@ -93,7 +93,10 @@ class CompiledModel(nn.Module, GenerationMixin):
         phase = self._guard.phase(ids.shape[1], cache.seen_tokens)
         with torch.no_grad():
             run = self._prefill_into if phase is Phase.PREFILL else self._append_to
+            first = cache.seen_tokens == 0
             logits = run(phase, cache, ids)
+        if first:  # also a prompt that was kept whole gives the logits of its last token alone
+            logits = logits[:, -1:]
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(
