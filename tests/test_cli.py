@@ -1,5 +1,6 @@
 """The command line, through typer's runner; the demo runs on two layers of the real model: seconds."""
 
+import importlib.metadata
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,8 @@ def test_a_conversion_that_breaks_off_leaves_nothing(
 
 def test_a_faster_process_wins(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def convert_while_another_does(gguf: Path, folder: Path) -> None:
-        final = tmp_path / "kvpass" / f"smollm2-135m-instruct-0.1.2-float32-{smollm2.FORMAT}"
+        version = importlib.metadata.version(smollm2.DISTRIBUTION)
+        final = tmp_path / "kvpass" / f"smollm2-135m-instruct-{version}-float32-{smollm2.FORMAT}"
         for place, text in ((folder, "ours"), (final, "theirs")):
             place.mkdir()
             (place / "config.json").write_text(text)

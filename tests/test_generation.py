@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_the_model(arch: str) -> None:
 
 def test_greedy_over_a_compressed_cache_is_stepping_by_hand(arch: str) -> None:
     """generate() is prefill and decode, nothing else."""
-    ids = token_ids(2, 50)
+    ids = token_ids(2, 50, seed=1)
     model = compiled_model(arch, **PRESSED)
     tokens, _ = by_hand(model, model.new_cache(), ids, 24)
     assert torch.equal(model.generate(ids, **GREEDY), torch.cat([ids, tokens], dim=1))
@@ -274,6 +274,16 @@ def test_a_short_prompt_is_kept_whole(press: kvpass.Press, tokens: int, caplog: 
     assert found.past_key_values.kept(0) == tokens + 23 + 70
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 9])
+def test_a_prompt_gives_the_logits_of_its_last_token(tokens: int) -> None:
+    """Kept whole or compressed: [B, 1, V], the model's own."""
+    ids = token_ids(2, tokens)
+    logits = compiled_model("llama", **PRESSED).prefill(ids).logits
+    with torch.no_grad():
+        expected = eager_model("llama")(ids).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_shortest_compressible_prompt_is_compressed(caplog: pytest.LogCaptureFixture) -> None:
     """Exactly min_tokens: no log line, and half of it is left."""
     for press in (StreamingLLM(), SnapKV(window_size=8)):
@@ -300,10 +310,11 @@ def test_prompt_lookup_gives_the_greedy_tokens(repeating: bool, options: dict[st
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: w0 ... w255."""
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w2"))
+    """One token a word: w3 ... w255."""
+    words = {"<pad>": 0, "<s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, 256)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w2")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
     fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     return fast
 
@@ -314,11 +325,12 @@ def test_the_text_generation_pipeline() -> None:
     ids = token_ids(2, 24)
     texts = [" ".join(f"w{token}" for token in row) for row in ids.tolist()]
     plain = pipeline("text-generation", model=compiled_model("llama"), tokenizer=tokenizer)
-    expected = tokenizer.decode(eager_model("llama").generate(ids[:1], **GREEDY)[0])
-    assert plain(texts[0], **GREEDY) == [{"generated_text": expected}]
+    expected = tokenizer.decode(eager_model("llama").generate(ids[:1], **GREEDY)[0, 24:], skip_special_tokens=True)
+    assert plain(texts[0], **GREEDY) == [{"generated_text": texts[0] + expected}]
 
     model = compiled_model("llama", **PRESSED)
-    answers = [tokenizer.decode(row) for row in model.generate(ids, **GREEDY)[:, 24:]]
+    tokens = model.generate(ids, **GREEDY)[:, 24:]
+    answers = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
     pressed = pipeline("text-generation", model=model, tokenizer=tokenizer)
     found = pressed(texts, return_full_text=False, **GREEDY)
     assert found == [[{"generated_text": answer}] for answer in answers]

@@ -37,6 +37,22 @@ def test_one_compile_serves_all_lengths(models: tuple[kvpass.CompiledModel, kvpa
         assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_generate_and_direct_calls_share_their_graphs() -> None:
+    """Token ids are slices in generate and whole tensors in a direct call; neither is compiled twice."""
+    torch._dynamo.reset()
+    model = kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, backend="aot_eager")
+    ids = token_ids(1, 90)
+    cache = model.prefill(ids).past_key_values
+    model(input_ids=token_ids(1, 9), past_key_values=cache)
+    model(input_ids=token_ids(1, 1), past_key_values=cache)
+    compiled = counters["stats"]["unique_graphs"]
+    cache.rewind()
+    longer = torch.cat([ids, token_ids(1, 30, seed=2)], dim=1)
+    model.generate(longer, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
 def test_decode_allocates_nothing_of_the_cache_size() -> None:
     """The generated code of a decode step makes no buffer with the cache's capacity and head size."""
     torch._dynamo.reset()

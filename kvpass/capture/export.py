@@ -1,5 +1,6 @@
 """torch.export, and the way from an ExportedProgram to a KVProgram."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -44,7 +45,9 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
         1: Dim("tokens", min=2, max=max(max_tokens, EXAMPLE_LENGTH + 1)),
     }
     # Under no_grad, because RoPE modules are decorated with it and would hide in a sub-graph otherwise.
-    with torch.no_grad(), torch.fx.traceback.preserve_node_meta():
+    with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), warnings.catch_warnings():
+        # torch 2.13's own export uses a class that it deprecates; nobody who reads it could do anything about it.
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
         exported = torch.export.export(
             _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
         )

@@ -36,15 +36,13 @@ class Measured:
 
 @torch.no_grad()
 def warm_up(model: Model, context: Context, tokenizer: PreTrainedTokenizerBase, step: Step) -> None:
-    """Call every phase with inputs of the real sizes, to compile it for them; `step` wraps each phase."""
-    question = encode(tokenizer, context.needles[0].question)
+    """Call every phase as `measure` does, which compiles it; `step` wraps each phase."""
     with step("prefill"):
-        cache, _ = _read(model, context.ids)
+        cache, logits = _read(model, context.ids)
     with step("extend"):
-        model(input_ids=question, past_key_values=cache)
+        _answer(model, cache, context, context.needles[0].question, tokenizer, new_tokens=1)
     with step("decode"):
-        for _ in range(2):
-            model(input_ids=question[:, :1], past_key_values=cache)
+        _continue(model, copy.deepcopy(cache), logits, new_tokens=3)
 
 
 @torch.no_grad()
@@ -91,6 +89,7 @@ def _answer(
     context: Context,
     question: str,
     tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int = ANSWER_TOKENS,
 ) -> str:
     """The first line of the greedy answer to one question; `cache` stays as it is, for the next one."""
     ids = torch.cat([context.ids, encode(tokenizer, question)], dim=1)
@@ -99,7 +98,7 @@ def _answer(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=copy.deepcopy(cache),
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=new_tokens,
         do_sample=False,
     )
     text = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -29,31 +29,30 @@ def run_demo(
     output: Any = transformers.utils.logging
     output.disable_progress_bar()
     output.set_verbosity_error()
-    with show.step(console, "Loading SmolLM2-135M-Instruct (converted once, at the first run)"):
+    with show.step(console, "Loading SmolLM2-135M-Instruct (the first time converts it)"):
         model, tokenizer = smollm2.load()
     context = make_context(tokenizer, tokens)
     _introduce(console, context)
-    plain_name, compiled_name = "transformers, uncompressed", f"kvpass, {press}, ratio {ratio:g}, {backend}"
-    with show.step(console, f"Capturing the model with torch.export, splicing {press} into its graph"):
+    with show.step(console, f"Capturing the model, splicing in {press}"):
         compiled = kvpass.compile(model, press=press, ratio=ratio, backend=backend)
-    verb = "Running" if backend == "eager" else "Compiling and running"
-    for subject, label in (
-        (compiled, f"{verb} the % graph, {backend}"),
-        (model, "Warming up transformers, %"),
-    ):
-        warm_up(subject, context, tokenizer, partial(_phase_step, console, label))
+    verb = "Running" if backend == "eager" else "Compiling"
+    warm_up(compiled, context, tokenizer, partial(_phase_step, console, f"{verb} the % graph ({backend})"))
+    warm_up(model, context, tokenizer, partial(_phase_step, console, "Warming up transformers (%)"))
     columns = {}
-    for name, subject in ((plain_name, model), (compiled_name, compiled)):
-        with show.step(console, f"Reading, continuing and answering: {name}"):
+    for name, subject in (("uncompressed", model), ("compressed", compiled)):
+        with show.step(console, f"Reading, continuing and answering, {name}"):
             columns[name] = measure(subject, context, tokenizer, new_tokens)
     console.print()
     show.print_continuations(console, columns)
     show.print_questions(console, context.needles, columns)
     show.print_numbers(console, context.ids.shape[1], context.needles, columns)
     console.print(
-        "One run each, after a warm-up run. transformers runs eagerly with its DynamicCache: the difference "
-        "in time is that of compiling and compressing together.",
+        "uncompressed: transformers, eager, with its DynamicCache.\n"
+        f"compressed: kvpass, {press}, ratio {ratio:g}, {backend}.\n"
+        "One run each after a warm-up. The difference in time is that of compiling and of compressing "
+        "together, and of whatever else the machine does.",
         style="dim",
+        highlight=False,
     )
     return columns
 

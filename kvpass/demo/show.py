@@ -18,7 +18,8 @@ def step(console: Console, label: str) -> Iterator[None]:
     """Say what is going on, with a running clock on a terminal, and how many seconds it took."""
     start = time.perf_counter()
     if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        # The clock stands first: a narrow terminal cuts off the end.
+        columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
         with Progress(*columns, console=console, transient=True) as progress:
             progress.add_task(label, total=None)
             yield
@@ -30,8 +31,8 @@ def step(console: Console, label: str) -> Iterator[None]:
 
 def print_questions(console: Console, needles: Sequence[Needle], columns: dict[str, Measured]) -> None:
     """The answers side by side; an answer that lacks the right words is marked."""
-    table = Table(title="Half a sentence, and how the model completes it", title_justify="left")
-    table.add_column("prompt")
+    table = Table(title="Sentences to complete", title_justify="left")
+    table.add_column("sentence")
     for name in columns:
         table.add_column(Text(name))
     for index, needle in enumerate(needles):
@@ -73,7 +74,7 @@ def print_numbers(
 
 
 def _marked(answer: Text, needle: Needle) -> Text:
-    return answer if needle.answer in answer.plain else answer.append("  (not what the text says)", "dim")
+    return answer if needle.answer in answer.plain else answer.append("  (wrong)", "dim")
 
 
 def _right(measured: Measured, needles: Sequence[Needle]) -> int:

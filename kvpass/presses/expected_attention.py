@@ -12,7 +12,9 @@ from kvpass.press import PressInputs, ScorerPress, protect, register_press
 @register_press("expected_attention")
 @dataclass(frozen=True)
 class ExpectedAttention(ScorerPress):
-    """Queries before RoPE are taken for normally distributed; RoPE is averaged over the next positions.
+    """Keeps what future queries are expected to attend to.
+
+    Queries before RoPE are taken for normally distributed; RoPE is averaged over the next positions.
 
     The expectation of exp(q.k) then needs their mean and covariance alone (section 3 of the paper). Weighted by the
     norm of the value; the first `n_sink` tokens are outliers, left out of the statistics and kept.

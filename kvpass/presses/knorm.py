@@ -11,7 +11,10 @@ from kvpass.press import PressInputs, ScorerPress, register_press
 @register_press("knorm")
 @dataclass(frozen=True)
 class Knorm(ScorerPress):
-    """The score is the negative L2 norm of the key, in float32 whatever the model's dtype (bf16 norms tie)."""
+    """Keeps keys with a small norm.
+
+    The score is the negative L2 norm of the key, in float32 whatever the model's dtype (bf16 norms tie).
+    """
 
     def score(self, x: PressInputs) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(x.keys, dim=-1, dtype=torch.float32)

@@ -13,7 +13,10 @@ MODULUS = 2**24  # whole numbers below it are exact in float32
 @register_press("random")
 @dataclass(frozen=True)
 class Random(ScorerPress):
-    """Scores are a hash of seed, layer, row, head and position: the same on every backend and device."""
+    """Keeps pairs at random.
+
+    Scores are a hash of seed, layer, row, head and position: the same on every backend and device.
+    """
 
     seed: int = 0
 

@@ -13,7 +13,9 @@ from kvpass.presses.window_attention import window_attention
 @register_press("snapkv")
 @dataclass(frozen=True)
 class SnapKV(ScorerPress):
-    """Mean attention of the last `window_size` queries, smoothed over `kernel_size` neighbours; the window is kept."""
+    """Keeps what the last queries of the prompt attend to.
+
+    The score is the mean attention of the last `window_size` queries, smoothed over `kernel_size` neighbours; the window is kept."""
 
     window_size: int = 64
     kernel_size: int = 5

@@ -11,7 +11,10 @@ from kvpass.presses.window_attention import window_attention
 @register_press("tova")
 @dataclass(frozen=True)
 class TOVA(ScorerPress):
-    """Attention of the last query, averaged over all query heads; the last token itself is kept."""
+    """Keeps what the last token attends to, the same positions in all heads.
+
+    The score is the attention of the last query, averaged over all query heads; the last token itself is kept.
+    """
 
     def score(self, x: PressInputs) -> Tensor:
         attention = window_attention(x, 1).flatten(1, 3).mean(dim=1, keepdim=True)  # [B, 1, S - 1]

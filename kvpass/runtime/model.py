@@ -205,7 +205,8 @@ class CompiledModel(nn.Module, GenerationMixin):
             raise InputError(f"input_ids must be token ids [batch, tokens] with at least one token, found {found}")
         if input_ids.device != self._device:
             raise InputError(f"input_ids lie on {input_ids.device}, the model was compiled on {self._device}")
-        return input_ids
+        # A copy with the strides of its shape: those of a slice would be compiled for, and everything twice.
+        return input_ids.clone(memory_format=torch.contiguous_format)
 
     def _checked_cache(self, cache: CompressedCache | None, ids: Tensor) -> CompressedCache:
         if cache is None:
@@ -315,8 +316,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         if attention_mask is not None and new > 1:
             _refuse_padding(attention_mask)
         kept = {name: value for name, value in options.items() if name not in ("labels", *HARMLESS)}
-        ids = input_ids[:, -new:].contiguous()
-        return {"input_ids": ids, "past_key_values": past_key_values, "use_cache": use_cache, **kept}
+        return {"input_ids": input_ids[:, -new:], "past_key_values": past_key_values, "use_cache": use_cache, **kept}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompiledModel":
         probe = fn(torch.empty(0, dtype=self._dtype, device=self._device))
