@@ -14,6 +14,7 @@ import kvpass
 @pytest.fixture(scope="module")
 def models() -> tuple[kvpass.CompiledModel, kvpass.CompiledModel]:
     torch._dynamo.reset()
+    counters.clear()
     pair = [kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, backend=b) for b in ("inductor", "eager")]
     return pair[0], pair[1]
 
@@ -40,6 +41,7 @@ def test_one_compile_serves_all_lengths(models: tuple[kvpass.CompiledModel, kvpa
 def test_generate_and_direct_calls_share_their_graphs() -> None:
     """Token ids are slices in generate and whole tensors in a direct call; neither is compiled twice."""
     torch._dynamo.reset()
+    counters.clear()
     model = kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, backend="aot_eager")
     ids = token_ids(1, 90)
     cache = model.prefill(ids).past_key_values
@@ -56,6 +58,7 @@ def test_generate_and_direct_calls_share_their_graphs() -> None:
 def test_decode_allocates_nothing_of_the_cache_size() -> None:
     """The generated code of a decode step makes no buffer with the cache's capacity and head size."""
     torch._dynamo.reset()
+    counters.clear()
     model = kvpass.compile(captured_model("llama"), backend="inductor", capacity=1000)
     cache = model.prefill(token_ids(1, 50)).past_key_values
     buffers = [t.data_ptr() for layer in range(2) for t in cache.buffers(layer)]

@@ -15,7 +15,9 @@ from kvpass.presses.window_attention import window_attention
 class SnapKV(ScorerPress):
     """Keeps what the last queries of the prompt attend to.
 
-    The score is the mean attention of the last `window_size` queries, smoothed over `kernel_size` neighbours; the window is kept."""
+    The score is the mean attention of the last `window_size` queries, smoothed over `kernel_size`
+    neighbours; the window is kept.
+    """
 
     window_size: int = 64
     kernel_size: int = 5
