@@ -1,7 +1,7 @@
 """Two pure functions: how many pairs stay, and which phase graph runs."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpass.budget import Budget, kept_count
@@ -38,22 +38,26 @@ def test_kept_count_is_the_reference_count(tokens: int, ratio: float, kept: int)
     assert Budget(ratio).count(tokens) == kept
 
 
+@settings(deadline=None)
 @given(TOKENS, RATIOS)
 def test_at_least_one_and_at_most_all_are_kept(tokens: int, ratio: float) -> None:
     assert 1 <= kept_count(tokens, ratio) <= tokens
     assert isinstance(kept_count(tokens, ratio), int)
 
 
+@settings(deadline=None)
 @given(TOKENS, RATIOS, RATIOS)
 def test_a_greater_ratio_keeps_no_more(tokens: int, one: float, other: float) -> None:
     assert kept_count(tokens, max(one, other)) <= kept_count(tokens, min(one, other))
 
 
+@settings(deadline=None)
 @given(TOKENS, TOKENS, RATIOS)
 def test_a_longer_prompt_keeps_no_less(one: int, other: int, ratio: float) -> None:
     assert kept_count(min(one, other), ratio) <= kept_count(max(one, other), ratio)
 
 
+@settings(deadline=None)
 @given(TOKENS, RATIOS)
 def test_the_share_is_right_to_one_pair(tokens: int, ratio: float) -> None:
     """Truncation loses less than one pair, rounding in double precision included."""
@@ -61,6 +65,7 @@ def test_the_share_is_right_to_one_pair(tokens: int, ratio: float) -> None:
     assert kept == 1 or -1e-6 <= tokens * (1 - ratio) - kept < 1
 
 
+@settings(deadline=None)
 @given(TOKENS, TOKENS)
 def test_a_target_size_is_met_by_all_longer_prompts(tokens: int, size: int) -> None:
     budget = Budget(target_size=size)
@@ -68,6 +73,7 @@ def test_a_target_size_is_met_by_all_longer_prompts(tokens: int, size: int) -> N
     assert not budget.keeps_all  # a longer prompt may come
 
 
+@settings(deadline=None)
 @given(TOKENS)
 def test_no_budget_and_ratio_zero_keep_all(tokens: int) -> None:
     for budget in (Budget(), Budget(0), Budget(0.0)):
@@ -107,6 +113,7 @@ def test_the_guard(min_tokens: int, new: int, seen: int, phase: Phase) -> None:
     assert Guard(min_tokens).phase(new, seen) is phase
 
 
+@settings(deadline=None)
 @given(TOKENS, st.integers(min_value=0, max_value=2**20), st.integers(min_value=2, max_value=4096))
 def test_the_guard_compresses_first_prompts_alone(new: int, seen: int, min_tokens: int) -> None:
     """PREFILL for an empty cache and enough tokens, DECODE for one token, EXTEND for all others; always the same."""
@@ -119,6 +126,7 @@ def test_the_guard_compresses_first_prompts_alone(new: int, seen: int, min_token
         assert phase is Guard().phase(new, seen)  # behind a prompt the press has no say
 
 
+@settings(deadline=None)
 @given(TOKENS, st.integers(min_value=0, max_value=2**20))
 def test_without_a_press_every_prompt_of_two_tokens_is_a_prefill(new: int, seen: int) -> None:
     phase = Guard().phase(new, seen)

@@ -33,6 +33,12 @@ def refused(kind: type[Exception], match: str) -> Iterator[None]:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def readable(value: object) -> str:
+    """Names a case by its options, not by the message expected."""
+    named = value.items() if isinstance(value, dict) else ()
+    return ",".join(f"{k}={getattr(v, '__name__', repr(v))}" for k, v in named)
+
+
 # -- options of compile --------------------------------------------------------------------------------------------
 
 
@@ -57,6 +63,7 @@ def refused(kind: type[Exception], match: str) -> Iterator[None]:
         ({"press": "knorm", "target_size": 0.5}, r"target_size is 0.5, expected"),
         ({"press": "knorm", "target_size": 30.5}, r"target_size is 30.5, expected"),
     ],
+    ids=readable,
 )
 def test_bad_options_are_refused_before_anything_is_captured(options: dict[str, Any], message: str) -> None:
     """The model given here could not even be captured."""
@@ -64,6 +71,7 @@ def test_bad_options_are_refused_before_anything_is_captured(options: dict[str, 
         kvpass.compile(nn.Linear(2, 2), backend="eager", **options)
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=True, allow_infinity=True).filter(lambda ratio: not 0 <= ratio < 1))
 def test_no_ratio_outside_the_range_is_accepted(ratio: float) -> None:
     """Neither at compile time nor later."""
@@ -73,6 +81,7 @@ def test_no_ratio_outside_the_range_is_accepted(ratio: float) -> None:
         Budget(ratio)
 
 
+@settings(deadline=None)
 @given(st.integers(max_value=0))
 def test_no_target_below_one_is_accepted(size: int) -> None:
     with refused(PressError, r"target_size is .*, expected at least 1 pair"):
@@ -89,6 +98,7 @@ def test_no_target_below_one_is_accepted(size: int) -> None:
         (lambda: ExpectedAttention(n_sink=-1), r"expected_attention: .*n_sink=-1; expected .*at least 0"),
         (lambda: ExpectedAttention(n_future_positions=0), r"expected_attention: n_future_positions=0.*at least 1"),
     ],
+    ids=["even kernel", "negative kernel", "no window", "streaming_llm sinks", "expected_attention sinks", "no future"],
 )
 def test_invalid_hyper_parameters(make: Callable[[], Press], message: str) -> None:
     with refused(PressError, message):
@@ -303,6 +313,15 @@ def test_masks_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         compiled_model("llama", **HALF)(input_ids=token_ids(2, 9), attention_mask=torch.ones(shape))
 
 
+def test_the_mask_of_the_whole_text_is_accepted() -> None:
+    """That of a prompt, and behind a cache that of all tokens so far and the new ones."""
+    model, ids = compiled_model("llama", **HALF), token_ids(2, 20)
+    cache = model(input_ids=ids[:, :15], attention_mask=torch.ones(2, 15)).past_key_values
+    twin = cache.copy()
+    found = model(input_ids=ids[:, 15:], attention_mask=torch.ones(2, 20), past_key_values=cache).logits
+    assert torch.equal(found, model(input_ids=ids[:, 15:], past_key_values=twin).logits)
+
+
 def test_texts_beyond_the_models_positions_are_refused() -> None:
     """At once, behind a cache, and in the middle of generate(): 4096 positions and not one more."""
     model, ids = compiled_model("llama", **HALF), token_ids(1, 4097)
@@ -323,9 +342,11 @@ def test_texts_beyond_the_models_positions_are_refused() -> None:
 def test_a_cache_of_another_model_is_refused() -> None:
     """Same shapes, other weights."""
     cache = compiled_model("mistral").prefill(token_ids(1, 9)).past_key_values
-    for call in (compiled_model("llama"), compiled_model("llama").generate):
-        with refused(CacheError, r"the cache belongs to another model .*prefill the text with this one"):
-            call(token_ids(1, 12), past_key_values=cache)
+    message = r"the cache belongs to another model .*prefill the text with this one"
+    with refused(CacheError, message):
+        compiled_model("llama")(input_ids=token_ids(1, 3), past_key_values=cache)
+    with refused(CacheError, message):
+        compiled_model("llama").generate(token_ids(1, 12), past_key_values=cache, max_new_tokens=2)
 
 
 def test_a_cache_of_transformers_is_refused() -> None:
@@ -392,7 +413,3 @@ def test_unknown_phases_layers_and_passes_are_named() -> None:
         model.graph_diff(layer=2)
     with refused(ValueError, r"there is no pass 'splice'.*its passes are .*splice-score"):
         model.graph_diff(only="splice")
-
-
-settings.register_profile("errors", deadline=None)
-settings.load_profile("errors")

@@ -1,5 +1,6 @@
 """`generate()` gives what transformers gives, and over a compressed cache what stepping by hand gives."""
 
+import copy
 import logging
 from typing import Any
 
@@ -301,12 +302,32 @@ def test_the_shortest_compressible_prompt_is_compressed(caplog: pytest.LogCaptur
 def test_prompt_lookup_gives_the_greedy_tokens(repeating: bool, options: dict[str, Any]) -> None:
     """Candidates from the prompt itself, also in the very first step, where they come with the prompt."""
     ids = token_ids(1, 6).repeat(1, 5) if repeating else token_ids(1, 30)
-    expected = compiled_model("llama", **options).generate(ids, **GREEDY)
+    model, greedy = compiled_model("llama", **options), {**GREEDY, "eos_token_id": 2}
+    expected = model.generate(ids, **greedy)
+    for candidates in (1, 2, 5):
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=candidates, **greedy), expected)
     if not options:
-        eager = eager_model("llama").generate(ids, prompt_lookup_num_tokens=2, **GREEDY)
-        assert torch.equal(eager, expected)
-    found = compiled_model("llama", **options).generate(ids, prompt_lookup_num_tokens=2, **GREEDY)
-    assert torch.equal(found, expected)
+        assert torch.equal(eager_model("llama").generate(ids, prompt_lookup_num_tokens=2, **greedy), expected)
+
+
+@pytest.mark.parametrize("options", [{}, PRESSED], ids=["whole", "pressed"])
+@pytest.mark.parametrize("assistant", ["llama", "mistral"], ids=["itself", "another"])
+def test_an_assistant_does_not_change_the_greedy_tokens(assistant: str, options: dict[str, Any]) -> None:
+    """Whether its candidates are right, as those of the same model are, or wrong."""
+    model, ids = compiled_model("llama", **options), token_ids(1, 30)
+    helper = copy.deepcopy(eager_model(assistant))  # transformers notes in it how many candidates were right
+    found = model.generate(ids, assistant_model=helper, **GREEDY)
+    assert torch.equal(found, model.generate(ids, **GREEDY))
+
+
+def test_as_many_logits_of_a_prompt_as_were_asked_for() -> None:
+    """`logits_to_keep` is what assisted decoding checks its candidates with."""
+    ids = token_ids(2, 30)
+    with torch.no_grad():
+        expected = eager_model("llama")(ids).logits
+    for count in (1, 2, 7):
+        logits = compiled_model("llama")(input_ids=ids, logits_to_keep=count).logits
+        torch.testing.assert_close(logits, expected[:, -count:], atol=1e-4, rtol=1e-4)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -326,7 +347,7 @@ def test_the_text_generation_pipeline() -> None:
     texts = [" ".join(f"w{token}" for token in row) for row in ids.tolist()]
     plain = pipeline("text-generation", model=compiled_model("llama"), tokenizer=tokenizer)
     expected = tokenizer.decode(eager_model("llama").generate(ids[:1], **GREEDY)[0, 24:], skip_special_tokens=True)
-    assert plain(texts[0], **GREEDY) == [{"generated_text": texts[0] + expected}]
+    assert plain(texts[0], return_full_text=False, **GREEDY) == [{"generated_text": expected}]
 
     model = compiled_model("llama", **PRESSED)
     tokens = model.generate(ids, **GREEDY)[:, 24:]
