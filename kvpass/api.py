@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from kvpass.budget import Budget
 from kvpass.capture import capture, max_tokens_of
-from kvpass.errors import PressError
+from kvpass.errors import PressError, UnsupportedModelError
 from kvpass.ir.attention_site import attention_sites
 from kvpass.ir.program import KVProgram
 from kvpass.pass_manager import PassManager, PassRecord
@@ -43,6 +43,11 @@ def capture_model(model: nn.Module, *, print_ir: PrintIR = None) -> CapturedMode
 
     Raises `UnsupportedModelError` if the model cannot be captured or an attention not be located.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"the model is a {type(model).__name__}, expected a torch module; load a checkpoint by its name with "
+            "transformers.AutoModelForCausalLM.from_pretrained first"
+        )
     config = _config_of(model)
     manager = PassManager(capture_passes(_layers_of(config)), print_ir=print_ir)
     program = manager.run(capture(model))

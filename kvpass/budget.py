@@ -23,12 +23,12 @@ class Budget:
     def __post_init__(self) -> None:
         if self.ratio is not None and self.target_size is not None:
             raise PressError(f"ratio={self.ratio} and target_size={self.target_size}: give one of them")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
+        if self.ratio is not None and not (isinstance(self.ratio, int | float) and 0 <= self.ratio < 1):
             raise PressError(
-                f"ratio is {self.ratio}, expected 0 <= ratio < 1: it is the fraction removed, 0.5 keeps half"
+                f"ratio is {self.ratio!r}, expected 0 <= ratio < 1: it is the fraction removed, 0.5 keeps half"
             )
-        if self.target_size is not None and self.target_size < 1:
-            raise PressError(f"target_size is {self.target_size}, expected at least 1 pair")
+        if self.target_size is not None and not (isinstance(self.target_size, int) and self.target_size >= 1):
+            raise PressError(f"target_size is {self.target_size!r}, expected at least 1 pair, a whole number")
 
     @property
     def keeps_all(self) -> bool:

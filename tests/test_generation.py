@@ -341,23 +341,27 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_the_text_generation_pipeline() -> None:
-    """Text, several texts, and a chat, over a compressed cache; nothing dropped gives the model's own text."""
-    tokenizer = word_tokenizer()
-    ids = token_ids(2, 24)
+    """Text, several texts, and a chat, over a compressed cache; nothing dropped gives the model's own words."""
+    tokenizer, ids = word_tokenizer(), token_ids(2, 24)
     texts = [" ".join(f"w{token}" for token in row) for row in ids.tolist()]
+
+    def words(tokens: Tensor) -> list[str]:
+        return tokenizer.decode(tokens[24:], skip_special_tokens=True).split()
+
     plain = pipeline("text-generation", model=compiled_model("llama"), tokenizer=tokenizer)
-    expected = tokenizer.decode(eager_model("llama").generate(ids[:1], **GREEDY)[0, 24:], skip_special_tokens=True)
-    assert plain(texts[0], return_full_text=False, **GREEDY) == [{"generated_text": expected}]
+    (answer,) = plain(texts[0], return_full_text=False, **GREEDY)
+    assert answer["generated_text"].split() == words(eager_model("llama").generate(ids[:1], **GREEDY)[0])
 
     model = compiled_model("llama", **PRESSED)
-    tokens = model.generate(ids, **GREEDY)[:, 24:]
-    answers = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    expected = [words(row) for row in model.generate(ids, **GREEDY)]
     pressed = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    found = pressed(texts, return_full_text=False, **GREEDY)
-    assert found == [[{"generated_text": answer}] for answer in answers]
-    chat = [{"role": "user", "content": texts[0]}]
-    (reply,) = pressed(chat, **GREEDY)
-    assert reply["generated_text"] == [*chat, {"role": "assistant", "content": answers[0]}]
+    answers = pressed(texts, return_full_text=False, **GREEDY)
+    assert [answer["generated_text"].split() for (answer,) in answers] == expected
+    question = {"role": "user", "content": texts[0]}
+    (reply,) = pressed([question], **GREEDY)
+    first, second = reply["generated_text"]
+    assert first == question
+    assert (second["role"], second["content"].split()) == ("assistant", expected[0])
 
 
 def test_generation_defaults_are_a_copy() -> None:

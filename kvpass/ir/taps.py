@@ -44,6 +44,7 @@ class Taps:
         nodes = list(program.graph.nodes)
         self._from_tokens = reached_from([program.input_node(Role.INPUT_IDS)], nodes)
         positions = program.input_node(Role.POSITION_IDS)
+        self._linear: dict[str, bool] = {}
         self._positional = reached_from([positions], nodes) - self._from_tokens
 
     def node(self, site: AttentionSite, name: str) -> Node:
@@ -75,12 +76,35 @@ class Taps:
             if self._shape(candidate) != self._shape(post):
                 continue
             apply = Subgraph((candidate, *frequencies), (post,))
-            if all(n in reached_from([candidate], body) for n in apply.body if n in self._from_tokens):
-                return Rotation(candidate, Subgraph((positions,), frequencies), apply)
+            if not all(n in reached_from([candidate], body) for n in apply.body if n in self._from_tokens):
+                continue
+            rotation = Rotation(candidate, Subgraph((positions,), frequencies), apply)
+            if self._is_linear(rotation):
+                return rotation
         raise MissingTapError(
-            f"layer {site.layer}: no state before RoPE found on the way to {post.name}; its rotation is not a function "
-            "of one tensor [B, heads, S, D] and the positions"
+            f"layer {site.layer}: no state before RoPE found on the way to {post.name}; it is no rotation, linear "
+            "in one tensor [B, heads, S, D], by the positions"
         )
+
+    def _is_linear(self, rotation: Rotation) -> bool:
+        """Whether rotating commutes with adding, tried on random states; once for each distinct computation."""
+        form = rotation.fingerprint()
+        if form not in self._linear:
+            value: Tensor = rotation.pre.meta["val"]
+            sizes = self.program.shapes.bind(B=1, S=3)
+            constants = {node: self.program.attribute(node) for node in rotation.constants}
+            positions = torch.arange(3, device=value.device)[None] + 5
+            given = rotation.table.run({rotation.table.inputs[0]: positions, **constants}, sizes)
+            generator = torch.Generator().manual_seed(0)
+            shape = (1, int(value.shape[1]), 3, int(value.shape[3]))
+            one, two = (torch.randn(shape, generator=generator).to(value.device, value.dtype) for _ in range(2))
+            results: list[Tensor] = []
+            for states in (one, two, one + two):
+                tensors = dict(zip(rotation.apply.inputs, (states, *given), strict=True))
+                results += rotation.apply.run({**tensors, **constants}, sizes)
+            error = (results[0] + results[1] - results[2]).abs().max()
+            self._linear[form] = bool(error <= 16 * torch.finfo(value.dtype).eps * results[2].abs().max())
+        return self._linear[form]
 
     def _projection(self, site: AttentionSite, post: Node) -> Node:
         """What the projection nearest to `post` reads."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
@@ -197,7 +197,9 @@ class CompressedCache(Cache):
         target = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
         removed = self.seen_tokens - target
         compressed = any(kept is not None for kept in self._kept)
-        if target < 0 or (compressed and target < self._context[0]):
+        if target < 0:
+            raise CacheError(f"cannot crop {-max_length} tokens, the cache has seen {self.seen_tokens}")
+        if compressed and target < self._context[0]:
             raise CacheError(
                 f"cannot crop to {target} tokens: the context of {self._context[0]} tokens is compressed; "
                 "prefill the shorter text instead"
@@ -278,10 +280,15 @@ class CompressedCache(Cache):
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "CompressedCache":
         """Read what `save` wrote. Raises `CacheError` if the file is something else."""
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
+        foreign = CacheError(f"{path} is not a cache written by CompressedCache.save (format {FORMAT})")
+        try:
+            opened = safe_open(str(path), framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise foreign from error
+        with opened as file:
             state = json.loads((file.metadata() or {}).get("kvpass", "{}"))
             if state.get("format") != FORMAT:
-                raise CacheError(f"{path} is not a cache written by CompressedCache.save (format {FORMAT})")
+                raise foreign
             layout = CacheLayout(
                 layers=tuple(LayerLayout(**layer) for layer in state["layout"]["layers"]),
                 model_id=state["layout"]["model_id"],

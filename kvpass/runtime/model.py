@@ -84,12 +84,21 @@ class CompiledModel(nn.Module, GenerationMixin):
         """Read `input_ids` i64[B, S] behind what the cache has seen.
 
         Logits are [B, 1, V] after the first prompt (its last token), [B, S, V] for tokens appended to a cache.
+        `logits_to_keep=n` gives the last n; with a first prompt its last n - 1 tokens count as appended to it.
         Raises `InputError` for what cannot be served, `CacheError` for a cache of another model or size.
         """
         ids = self._checked_ids(input_ids, unused)
-        if attention_mask is not None:
-            _refuse_padding(attention_mask)
         cache = self._checked_cache(past_key_values, ids)
+        if attention_mask is not None:
+            rows, new = ids.shape
+            if tuple(attention_mask.shape) not in ((rows, new), (rows, cache.seen_tokens + new)):
+                raise InputError(
+                    f"attention_mask must be [batch, tokens], found {tuple(attention_mask.shape)} for input_ids "
+                    f"{(rows, new)} behind {cache.seen_tokens} tokens"
+                )
+            _refuse_padding(attention_mask)
+        if cache.seen_tokens == 0 and min(logits_to_keep, ids.shape[1]) > 1:
+            return self._prompt_with_candidates(ids, min(logits_to_keep, ids.shape[1]) - 1, cache, use_cache)
         phase = self._guard.phase(ids.shape[1], cache.seen_tokens)
         with torch.no_grad():
             run = self._prefill_into if phase is Phase.PREFILL else self._append_to
@@ -132,6 +141,15 @@ class CompiledModel(nn.Module, GenerationMixin):
             options["past_key_values"] = self.new_cache()
         base: Any = super()  # typed for transformers' own models only
         return base.generate(inputs, *args, **options)
+
+    def _prompt_with_candidates(
+        self, ids: Tensor, candidates: int, cache: CompressedCache, use_cache: bool | None
+    ) -> CausalLMOutputWithPast:
+        """More logits than the prompt's last: what they belong to follows the prompt (assisted decoding)."""
+        before = self(input_ids=ids[:, :-candidates], past_key_values=cache)
+        after: CausalLMOutputWithPast = self(input_ids=ids[:, -candidates:], past_key_values=cache, use_cache=use_cache)
+        after["logits"] = torch.cat([before.logits, after.logits], dim=1)
+        return after
 
     def _prefill_into(self, phase: Phase, cache: CompressedCache, ids: Tensor) -> Tensor:
         batch, tokens = ids.shape
@@ -200,13 +218,21 @@ class CompiledModel(nn.Module, GenerationMixin):
         if given:
             hint = "; positions are counted from what the cache has seen" if "position_ids" in given else ""
             raise InputError(f"a compiled model does not take {', '.join(sorted(given))}{hint}")
-        if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
-            found = "nothing" if input_ids is None else f"{input_ids.dtype} {tuple(input_ids.shape)}"
+        if not isinstance(input_ids, Tensor):
+            found = "nothing" if input_ids is None else f"a {type(input_ids).__name__}"
+        else:
+            found = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+        if (
+            not isinstance(input_ids, Tensor)
+            or input_ids.dim() != 2
+            or input_ids.shape[1] == 0
+            or input_ids.dtype not in (torch.int64, torch.int32)
+        ):
             raise InputError(f"input_ids must be token ids [batch, tokens] with at least one token, found {found}")
         if input_ids.device != self._device:
             raise InputError(f"input_ids lie on {input_ids.device}, the model was compiled on {self._device}")
         # A copy with the strides of its shape: those of a slice would be compiled for, and everything twice.
-        return input_ids.clone(memory_format=torch.contiguous_format)
+        return input_ids.to(torch.int64).clone(memory_format=torch.contiguous_format)
 
     def _checked_cache(self, cache: CompressedCache | None, ids: Tensor) -> CompressedCache:
         if cache is None:
@@ -305,10 +331,10 @@ class CompiledModel(nn.Module, GenerationMixin):
         given = input_ids.shape[1]
         if next_sequence_length is not None:
             new = next_sequence_length
-        elif seen and attention_mask is not None and attention_mask.shape[1] != given:
-            new = attention_mask.shape[1] - seen  # only the new tokens were passed
+        elif cache_position is not None and 0 < len(cache_position) <= given:  # transformers before 5.3 or so
+            new = len(cache_position)
         else:
-            new = given - seen
+            new = given  # transformers found that these are the new tokens alone
         if not 0 < new <= given:
             raise InputError(
                 f"the cache has seen {seen} tokens, input_ids hold {given}: give all tokens so far and the new ones"
