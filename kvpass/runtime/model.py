@@ -148,6 +148,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         """More logits than the prompt's last: what they belong to follows the prompt (assisted decoding)."""
         before = self(input_ids=ids[:, :-candidates], past_key_values=cache)
         after: CausalLMOutputWithPast = self(input_ids=ids[:, -candidates:], past_key_values=cache, use_cache=use_cache)
+        assert before.logits is not None and after.logits is not None
         after["logits"] = torch.cat([before.logits, after.logits], dim=1)
         return after
 
