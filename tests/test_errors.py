@@ -372,12 +372,15 @@ def test_a_cache_of_another_batch_size_is_refused() -> None:
     assert model(input_ids=token_ids(3, 8), past_key_values=model.new_cache()).logits.shape == (3, 1, 256)
 
 
-def test_generate_wants_more_tokens_than_the_cache_has_seen() -> None:
+@pytest.mark.parametrize("tokens", [20, 17, 1])
+def test_generate_wants_more_tokens_than_the_cache_has_seen(tokens: int) -> None:
     """All tokens so far and the new ones; a text that was read already holds nothing new."""
     model, ids = compiled_model("llama", **HALF), token_ids(1, 20)
     cache = model.prefill(ids).past_key_values
-    with refused(InputError, r"cache has seen 20 tokens, input_ids hold 20: give all tokens so far and the new ones"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=2)
+    message = rf"cache has seen 20 tokens, input_ids hold {tokens}: give all tokens so far and the new ones"
+    with refused(InputError, message):
+        model.generate(ids[:, :tokens], past_key_values=cache, max_new_tokens=2)
+    assert cache.seen_tokens == 20
 
 
 # -- the compiled model as a module --------------------------------------------------------------------------------

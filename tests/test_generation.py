@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 import kvpass
+from kvpass.errors import InputError
 from kvpass.presses import ExpectedAttention, SnapKV, StreamingLLM
 
 PRESSED: dict[str, Any] = {"press": StreamingLLM(), "ratio": 0.5}
@@ -218,9 +219,10 @@ def test_a_second_turn_over_a_compressed_cache_is_stepping_by_hand(name: str) ->
 
 
 @pytest.mark.parametrize("options", [{}, PRESSED], ids=["whole", "pressed"])
-def test_a_second_turn_with_the_new_tokens_alone(options: dict[str, Any]) -> None:
-    """As in transformers: only what the cache has not seen, and the attention mask of the whole text."""
-    model, ids, question = compiled_model("llama", **options), token_ids(2, 30), token_ids(2, 9, seed=1)
+@pytest.mark.parametrize("tokens", [1, 9, 80])
+def test_a_second_turn_with_the_new_tokens_alone(tokens: int, options: dict[str, Any]) -> None:
+    """As in transformers: what the cache has not seen, be it longer than all it has; and the whole text's mask."""
+    model, ids, question = compiled_model("llama", **options), token_ids(2, 30), token_ids(2, tokens, seed=1)
     first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
     text = torch.cat([first.sequences, question], dim=1)
     cache = first.past_key_values
@@ -229,6 +231,26 @@ def test_a_second_turn_with_the_new_tokens_alone(options: dict[str, Any]) -> Non
     found = model.generate(new, attention_mask=torch.ones_like(text), past_key_values=cache.copy(), **GREEDY)
     assert torch.equal(found[:, : new.shape[1]], new)
     assert torch.equal(found[:, new.shape[1] :], expected[:, text.shape[1] :])
+
+
+def test_assisted_decoding_behind_a_cache_is_refused() -> None:
+    """transformers would give the model the whole text again, and the answer would be wrong without a word."""
+    model, ids = compiled_model("llama", **PRESSED), token_ids(1, 30)
+    cache = model.prefill(ids).past_key_values
+    text = torch.cat([ids, ids[:, :9]], dim=1)
+    for helper in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": eager_model("llama")}):
+        with pytest.raises(InputError, match="assisted decoding cannot go on from a cache.*leave out"):
+            model.generate(text, past_key_values=cache, **helper, **GREEDY)
+    assert cache.seen_tokens == 30
+
+
+@pytest.mark.parametrize("options", [{}, PRESSED], ids=["whole", "pressed"])
+def test_a_prompt_in_chunks(options: dict[str, Any]) -> None:
+    """The first chunk is the prompt, the others are appended to it."""
+    model, ids = compiled_model("llama", **options), token_ids(1, 50)
+    cache = model.prefill(ids[:, :20]).past_key_values
+    tokens, _ = by_hand(model, cache, ids[:, 20:], 24)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=20, **GREEDY), torch.cat([ids, tokens], dim=1))
 
 
 def test_several_questions_share_one_compressed_context() -> None:

@@ -136,7 +136,15 @@ class CompiledModel(nn.Module, GenerationMixin):
         """`transformers.GenerationMixin.generate`; without `past_key_values` it begins with an empty cache.
 
         To go on with a returned cache give it as `past_key_values` with all tokens so far and the new ones.
+        Raises `InputError` for assisted decoding behind such a cache.
         """
+        cache, configured = options.get("past_key_values"), options.get("generation_config", self.generation_config)
+        lookup = options.get("prompt_lookup_num_tokens") or getattr(configured, "prompt_lookup_num_tokens", None)
+        if isinstance(cache, CompressedCache) and cache.seen_tokens and (lookup or options.get("assistant_model")):
+            raise InputError(
+                "assisted decoding cannot go on from a cache: transformers would read the whole text once more; "
+                "leave out the assistant (prompt_lookup_num_tokens, assistant_model) or past_key_values"
+            )
         if options.get("past_key_values") is None and options.get("use_cache", True):
             options["past_key_values"] = self.new_cache()
         base: Any = super()  # typed for transformers' own models only
