@@ -239,7 +239,7 @@ def test_assisted_decoding_behind_a_cache_is_refused() -> None:
     cache = model.prefill(ids).past_key_values
     text = torch.cat([ids, ids[:, :9]], dim=1)
     for helper in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": eager_model("llama")}):
-        with pytest.raises(InputError, match="assisted decoding cannot go on from a cache.*leave out"):
+        with pytest.raises(InputError, match=r"assisted decoding cannot go on from a cache.*leave out"):
             model.generate(text, past_key_values=cache, **helper, **GREEDY)
     assert cache.seen_tokens == 30
 
