@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 import kvpass
-from kvpass.errors import InputError
 from kvpass.presses import ExpectedAttention, SnapKV, StreamingLLM
 
 PRESSED: dict[str, Any] = {"press": StreamingLLM(), "ratio": 0.5}
@@ -233,15 +232,16 @@ def test_a_second_turn_with_the_new_tokens_alone(tokens: int, options: dict[str,
     assert torch.equal(found[:, new.shape[1] :], expected[:, text.shape[1] :])
 
 
-def test_assisted_decoding_behind_a_cache_is_refused() -> None:
-    """transformers would give the model the whole text again, and the answer would be wrong without a word."""
-    model, ids = compiled_model("llama", **PRESSED), token_ids(1, 30)
-    cache = model.prefill(ids).past_key_values
-    text = torch.cat([ids, ids[:, :9]], dim=1)
-    for helper in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": eager_model("llama")}):
-        with pytest.raises(InputError, match=r"assisted decoding cannot go on from a cache.*leave out"):
-            model.generate(text, past_key_values=cache, **helper, **GREEDY)
-    assert cache.seen_tokens == 30
+@pytest.mark.parametrize("options", [{}, PRESSED], ids=["whole", "pressed"])
+def test_a_second_turn_with_prompt_lookup(options: dict[str, Any]) -> None:
+    """What the cache has seen is not read a second time."""
+    model, ids = compiled_model("llama", **options), token_ids(1, 30)
+    greedy = {**GREEDY, "eos_token_id": 2}
+    first = model.generate(ids, return_dict_in_generate=True, **greedy)
+    text = torch.cat([first.sequences, ids[:, :9]], dim=1)
+    expected = model.generate(text, past_key_values=first.past_key_values.copy(), **greedy)
+    found = model.generate(text, past_key_values=first.past_key_values, prompt_lookup_num_tokens=2, **greedy)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("options", [{}, PRESSED], ids=["whole", "pressed"])

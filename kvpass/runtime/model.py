@@ -136,15 +136,12 @@ class CompiledModel(nn.Module, GenerationMixin):
         """`transformers.GenerationMixin.generate`; without `past_key_values` it begins with an empty cache.
 
         To go on with a returned cache give it as `past_key_values` with all tokens so far and the new ones.
-        Raises `InputError` for assisted decoding behind such a cache.
+        New tokens alone will do with the attention mask of the whole text.
         """
-        cache, configured = options.get("past_key_values"), options.get("generation_config", self.generation_config)
-        lookup = options.get("prompt_lookup_num_tokens") or getattr(configured, "prompt_lookup_num_tokens", None)
-        if isinstance(cache, CompressedCache) and cache.seen_tokens and (lookup or options.get("assistant_model")):
-            raise InputError(
-                "assisted decoding cannot go on from a cache: transformers would read the whole text once more; "
-                "leave out the assistant (prompt_lookup_num_tokens, assistant_model) or past_key_values"
-            )
+        ids, mask = options.get("input_ids", inputs), options.get("attention_mask")
+        longer = ids is not None and mask is not None and mask.dim() == 2 and mask.shape[1] > ids.shape[1]
+        if longer or options.get("prefill_chunk_size"):
+            options["only_new_tokens"] = True
         if options.get("past_key_values") is None and options.get("use_cache", True):
             options["past_key_values"] = self.new_cache()
         base: Any = super()  # typed for transformers' own models only
@@ -331,7 +328,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         past_key_values: CompressedCache | None = None,
         attention_mask: Tensor | None = None,
         next_sequence_length: int | None = None,
-        cache_position: Tensor | None = None,
+        only_new_tokens: bool = False,
         use_cache: bool | None = None,
         **options: Any,
     ) -> dict[str, Any]:
@@ -340,10 +337,10 @@ class CompiledModel(nn.Module, GenerationMixin):
         given = input_ids.shape[1]
         if next_sequence_length is not None:
             new = next_sequence_length
-        elif cache_position is not None and 0 < len(cache_position) <= given:  # transformers before 5.3 or so
-            new = len(cache_position)
+        elif attention_mask is not None:
+            new = attention_mask.shape[1] - seen
         else:
-            new = given  # transformers found that these are the new tokens alone
+            new = given if only_new_tokens else given - seen
         if not 0 < new <= given:
             raise InputError(
                 f"the cache has seen {seen} tokens, input_ids hold {given}: give all tokens so far and the new ones"
