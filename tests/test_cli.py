@@ -44,7 +44,7 @@ def test_presses_lists_every_press(invoke: Callable[..., Any]) -> None:
     assert result.exit_code == 0
     for name in registered_presses():
         assert f" {name} " in result.stdout
-    assert "RoPE is averaged over the next positions." in result.stdout
+    assert "Keeps what future queries are expected to attend to." in result.stdout
     assert "section 3 of the paper" not in result.stdout, "only the first sentence belongs here"
 
 
