@@ -2,15 +2,149 @@
 
 import pytest
 from expecttest import assert_expected_inline
-from models import compiled_model
+from models import captured_model, compiled_model, eager_model
+from modules import PlainLM
 
 import kvpass
+from kvpass.capture import capture
+from kvpass.ir.form import Phase
+from kvpass.ir.printer import graph_text
+from kvpass.pass_manager import PassManager
+from kvpass.passes.drop_noops import DropNoops
+from kvpass.passes.locate_attention import LocateAttention
+from kvpass.passes.normalize_attention import NormalizeAttention
+from kvpass.passes.specialize_phase import SpecializePhase
+from kvpass.pipeline import capture_passes
 from kvpass.presses import TOVA, ExpectedAttention, Knorm, Random, SnapKV, StreamingLLM
-from kvpass.testing import assert_graph_diff
+from kvpass.testing import assert_graph_diff, assert_pass_diff
 
 
 def pressed(press: kvpass.Press) -> kvpass.CompiledModel:
     return compiled_model("llama", press, ratio=0.5)
+
+
+def test_drop_noops() -> None:
+    """Casts to the dtype that is there, views that would depend on strides, sizes read off any tensor."""
+    assert_pass_diff(
+        capture(eager_model("llama")),
+        DropNoops(),
+        """\
+
+-_assert_tensor_metadata_4: ? = _assert_tensor_metadata(embedding, None, None, f32)
+-_assert_tensor_metadata_5: ? = _assert_tensor_metadata(mul_3, None, None, f32)
+-transpose: f32[B, 4, S, 16] = transpose(view(linear, [B, S, -1, 16]), 1, 2)
++transpose: f32[B, 4, S, 16] = transpose(reshape(linear, [B, S, -1, 16]), 1, 2)
+-transpose_1: f32[B, 2, S, 16] = transpose(view(linear_1, [B, S, -1, 16]), 1, 2)
++transpose_1: f32[B, 2, S, 16] = transpose(reshape(linear_1, [B, S, -1, 16]), 1, 2)
+-unsqueeze_1: f32[B, 1, S, 16] = unsqueeze(mul_1, 1)
+-unsqueeze_2: f32[B, 1, S, 16] = unsqueeze(mul_2, 1)
++unsqueeze_1: f32[B, 1, S, 16] = unsqueeze(cos, 1)
++unsqueeze_2: f32[B, 1, S, 16] = unsqueeze(sin, 1)
+-scaled_dot_product_attention: f32[B, 4, S, 16] = scaled_dot_product_attention(add_1, add_2, transpose(view(linear_2, [B, S, -1, 16]), 1, 2), None, 0, True, scale=0.25, enable_gqa=True)
+-linear_3: f32[B, S, 64] = linear(view(transpose(scaled_dot_product_attention, 1, 2), [B, S, -1]), model.layers.0.self_attn.o_proj.weight)
++scaled_dot_product_attention: f32[B, 4, S, 16] = scaled_dot_product_attention(add_1, add_2, transpose(reshape(linear_2, [B, S, -1, 16]), 1, 2), None, 0, True, scale=0.25, enable_gqa=True)
++linear_3: f32[B, S, 64] = linear(reshape(transpose(scaled_dot_product_attention, 1, 2), [B, S, -1]), model.layers.0.self_attn.o_proj.weight)
+-_assert_tensor_metadata_6: ? = _assert_tensor_metadata(add_3, None, None, f32)
+-_assert_tensor_metadata_7: ? = _assert_tensor_metadata(mul_9, None, None, f32)
+""",
+    )
+
+
+def test_normalize_attention_finds_a_window_and_the_kv_heads() -> None:
+    """A mask that turns out to be a window of 16, and heads that were repeated for the queries."""
+    window = PassManager((DropNoops(),)).run(capture(PlainLM("window")))
+    assert_pass_diff(
+        window,
+        NormalizeAttention(),
+        """\
+
+-mul_1: f32[B, 4, S, 8] = mul(transpose, unsqueeze_1)
++mul_1: f32[B, 4, S, 8] = mul(transpose, unsqueeze_2)
+-mul_2: f32[B, 4, S, 8] = mul(cat_1, unsqueeze_2)
++mul_2: f32[B, 4, S, 8] = mul(cat_1, unsqueeze_3)
+-mul_3: f32[B, 2, S, 8] = mul(transpose_1, unsqueeze_1)
++mul_3: f32[B, 2, S, 8] = mul(transpose_1, unsqueeze_2)
+-mul_4: f32[B, 2, S, 8] = mul(cat_2, unsqueeze_2)
++mul_4: f32[B, 2, S, 8] = mul(cat_2, unsqueeze_3)
+-arange: i64[S] = arange(S)
+-le: bool[S, S] = le(arange, unsqueeze(arange, 1))
+-sub: i64[S, 1] = sub(unsqueeze(arange, 1), 16)
+-gt: bool[S, S] = gt(arange, sub)
+-__and__: bool[S, S] = __and__(le, gt)
+-scaled_dot_product_attention: f32[B, 4, S, 8] = scaled_dot_product_attention(add, add_1, transpose(reshape(linear_2, [B, S, 2, 8]), 1, 2), __and__, enable_gqa=True)
++scaled_dot_product_attention: f32[B, 4, S, 8] = scaled_dot_product_attention(add, add_1, transpose(reshape(linear_2, [B, S, 2, 8]), 1, 2), __and__, 0, False, scale=None, enable_gqa=True)
+""",
+    )
+    repeated = PassManager((DropNoops(),)).run(capture(PlainLM("repeated")))
+    assert_pass_diff(
+        repeated,
+        NormalizeAttention(),
+        """\
+
+-repeat_interleave: f32[B, 4, S, 8] = repeat_interleave(add_1, 2, 1)
+-repeat_interleave_1: f32[B, 4, S, 8] = repeat_interleave(transpose(reshape(linear_2, [B, S, 2, 8]), 1, 2), 2, 1)
+-scaled_dot_product_attention: f32[B, 4, S, 8] = scaled_dot_product_attention(add, repeat_interleave, repeat_interleave_1, None, 0, True)
++scaled_dot_product_attention: f32[B, 4, S, 8] = scaled_dot_product_attention(add, add_1, transpose(reshape(linear_2, [B, S, 2, 8]), 1, 2), None, 0, True, scale=None, enable_gqa=True)
+""",
+    )
+
+
+def test_locate_attention_names_the_node() -> None:
+    normal = PassManager((DropNoops(), NormalizeAttention())).run(capture(PlainLM("causal")))
+    assert_pass_diff(
+        normal,
+        LocateAttention(),
+        """\
+
+-scaled_dot_product_attention: f32[B, 4, S, 8] = scaled_dot_product_attention(add, add_1, transpose(reshape(linear_2, [B, S, 2, 8]), 1, 2), None, 0, True, scale=None, enable_gqa=True)
+-linear_3: f32[B, S, 32] = linear(reshape(transpose(scaled_dot_product_attention, 1, 2), [B, S, 32]), layers.0.o_proj.weight)
++attention_0: f32[B, 4, S, 8] = scaled_dot_product_attention(add, add_1, transpose(reshape(linear_2, [B, S, 2, 8]), 1, 2), None, 0, True, scale=None, enable_gqa=True)
++linear_3: f32[B, S, 32] = linear(reshape(transpose(attention_0, 1, 2), [B, S, 32]), layers.0.o_proj.weight)
+""",
+    )
+
+
+def test_specialize_phase() -> None:
+    """A decode graph has one token; what a size was becomes a number."""
+    located = PassManager(capture_passes()).run(capture(PlainLM("window")))
+    assert_pass_diff(
+        located,
+        SpecializePhase(Phase.DECODE),
+        """\
+
+-input input_ids: i64[B, S]
+-input position_ids: i64[B, S]
+-arange: i64[S] = arange(S)
+-unsqueeze: i64[S, 1] = unsqueeze(arange, 1)
+-__and__: bool[S, S] = __and__(le(arange, unsqueeze), gt(arange, sub(unsqueeze, 16)))
+-embedding: f32[B, S, 32] = embedding(embed.weight, input_ids)
++input input_ids: i64[B, 1]
++input position_ids: i64[B, 1]
++arange: i64[1] = arange(1)
++unsqueeze: i64[1, 1] = unsqueeze(arange, 1)
++__and__: bool[1, 1] = __and__(le(arange, unsqueeze), gt(arange, sub(unsqueeze, 16)))
++embedding: f32[B, 1, 32] = embedding(embed.weight, input_ids)
+-mul: f32[B, S, 8] = mul(_to_copy(unsqueeze(position_ids, 2), dtype=f32), cat)
+-cos: f32[B, S, 8] = cos(mul)
+-unsqueeze_2: f32[B, 1, S, 8] = unsqueeze(cos, 1)
+-sin: f32[B, S, 8] = sin(mul)
+-unsqueeze_3: f32[B, 1, S, 8] = unsqueeze(sin, 1)
+-linear_4: f32[B, S, 64] = linear(add_2, head.weight)
++mul: f32[B, 1, 8] = mul(_to_copy(unsqueeze(position_ids, 2), dtype=f32), cat)
++cos: f32[B, 1, 8] = cos(mul)
++unsqueeze_2: f32[B, 1, 1, 8] = unsqueeze(cos, 1)
++sin: f32[B, 1, 8] = sin(mul)
++unsqueeze_3: f32[B, 1, 1, 8] = unsqueeze(sin, 1)
++linear_4: f32[B, 1, 64] = linear(add_2, head.weight)
+""",
+        layer=None,
+    )
+
+
+def test_specialize_phase_for_a_prompt_changes_ranges_alone() -> None:
+    located = captured_model("llama").graphs.located
+    prompt = PassManager((SpecializePhase(Phase.PREFILL, 65),)).run(located)
+    assert graph_text(prompt).splitlines()[1:] == graph_text(located).splitlines()[1:]
 
 
 def test_keep_last_logits() -> None:

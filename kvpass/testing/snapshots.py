@@ -1,6 +1,9 @@
 """Pin what the passes do to a graph."""
 
 from kvpass.ir.form import Phase
+from kvpass.ir.printer import graph_diff
+from kvpass.ir.program import KVProgram
+from kvpass.pass_manager import Pass, PassManager
 from kvpass.runtime.model import CompiledModel
 
 
@@ -21,3 +24,16 @@ def assert_graph_diff(
 
     diff = model.graph_diff(layer, phase, only=only)
     assert_expected_inline("\n" + diff, expect, skip=1)
+
+
+def assert_pass_diff(before: KVProgram, step: Pass, expect: str, *, layer: int | None = 0) -> KVProgram:
+    """Assert what one pass does to one layer of `before` (`None`: outside all layers); `expect` as above.
+
+    For passes in front of the cut into phases, and for passes of one's own. Returns the program behind the pass;
+    `before` is not changed.
+    """
+    from expecttest import assert_expected_inline  # only tests have it
+
+    after = PassManager((step,)).run(before)
+    assert_expected_inline("\n" + graph_diff(before, after, layer), expect, skip=1)
+    return after
