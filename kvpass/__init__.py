@@ -3,7 +3,9 @@
 from kvpass import presses
 from kvpass.api import CapturedModel, capture_model, compile
 from kvpass.errors import KVPassError
-from kvpass.press import Press, PressInputs, ScorerPress, register_press, registered_presses
+from kvpass.press import Press, ScorerPress
+from kvpass.press_inputs import PressInputs
+from kvpass.registry import register_press, registered_presses
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.model import CompiledModel
 

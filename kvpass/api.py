@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from kvpass.ir.attention_site import attention_sites
 from kvpass.ir.program import KVProgram
 from kvpass.pass_manager import PassManager, PassRecord
 from kvpass.pipeline import capture_passes
-from kvpass.press import Press, resolve_press
+from kvpass.press import Press
+from kvpass.registry import resolve_press
 from kvpass.runtime.cache import CacheLayout, LayerLayout
 from kvpass.runtime.model import CompiledModel, Recipe
 from kvpass.runtime.phases import PhaseGraphs, PrintIR
@@ -51,6 +52,7 @@ def capture_model(model: nn.Module, *, print_ir: PrintIR = None) -> CapturedMode
     config = _config_of(model)
     manager = PassManager(capture_passes(_layers_of(config)), print_ir=print_ir)
     program = manager.run(capture(model))
+    program.model_name = str(config.name_or_path or "")
     generation_config = _generation_config_of(model)
     return CapturedModel(
         PhaseGraphs(program),
@@ -64,10 +66,11 @@ def capture_model(model: nn.Module, *, print_ir: PrintIR = None) -> CapturedMode
 
 def compile(
     model: nn.Module | CapturedModel,
-    press: str | Press | None = None,
+    press: str | Press | object | None = None,
     ratio: float | None = None,
     *,
     target_size: int | None = None,
+    delimiter: int | None = None,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     capacity: int | None = None,
@@ -77,9 +80,12 @@ def compile(
 
     model: a causal LM of transformers, a module with forward(input_ids, position_ids) -> logits, or what
         `capture_model` returned.
-    press: a name (`kvpass.registered_presses()`), a press object, or None: compiled, nothing is dropped.
+    press: a name (`kvpass.registered_presses()`), with options if wanted ("chunkkv(snapkv, chunk_length=16)"), a press
+        object, also one of kvpress, or None: compiled, nothing is dropped.
     ratio: the fraction of key/value pairs that a prompt loses, 0 <= ratio < 1.
     target_size: instead of a ratio, the number of pairs that each KV head keeps; shorter prompts stay whole.
+    delimiter: the token id between context and question, for a press that compresses for a question (finch). It is
+        taken out of the prompt, so it may be any id that occurs nowhere else.
     backend, mode: as for `torch.compile`; backend="eager" runs the graph as it is. Compilation happens at the first
         call of each phase (prefill, extend, decode).
     capacity: slots per layer that are allocated at once and never exceeded; None lets the cache grow.
@@ -88,13 +94,21 @@ def compile(
     Raises `PressError` for an unknown press or bad options, `MissingTapError` if the press reads a tensor that the
     model does not have, `UnsupportedModelError` if the model cannot be captured or an attention not be located.
     """
-    chosen = resolve_press(press)
+    chosen, own_ratio = resolve_press(press)
+    if delimiter is not None:
+        chosen = _with_delimiter(chosen, delimiter)
+    if ratio is None and target_size is None:
+        ratio = own_ratio
     if chosen is None and (ratio or target_size is not None):
         raise PressError(f"ratio={ratio}, target_size={target_size} without a press: say which, e.g. press='snapkv'")
-    if chosen is not None and ratio is None and target_size is None:
+    if chosen is not None and chosen.needs_budget and ratio is None and target_size is None:
         raise PressError(f"press {chosen.name!r} without a budget: give ratio= (fraction removed) or target_size=")
+    if chosen is not None and not chosen.needs_budget and (ratio is not None or target_size is not None):
+        raise PressError(
+            f"press {chosen.name!r} says itself what it keeps; leave out ratio={ratio} and target_size={target_size}"
+        )
     budget = Budget(ratio, target_size)
-    if budget.keeps_all:
+    if chosen is not None and chosen.needs_budget and budget.keeps_all:
         chosen = None
     captured = model if isinstance(model, CapturedModel) else capture_model(model, print_ir=print_ir)
     compiled = CompiledModel(
@@ -108,6 +122,12 @@ def compile(
     if chosen is not None:
         compiled.graph("prefill")  # a press that does not fit the model fails here, not at the first prompt
     return compiled.eval()
+
+
+def _with_delimiter(press: Press | None, delimiter: int) -> Press:
+    if press is None or not hasattr(press, "delimiter"):
+        raise PressError(f"delimiter={delimiter}: {press.name if press else 'no press'} asks for none, finch does")
+    return replace(press, delimiter=delimiter)  # type: ignore[call-arg]
 
 
 def _layers(located: KVProgram, press: Press | None) -> tuple[LayerLayout, ...]:

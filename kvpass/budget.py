@@ -43,3 +43,24 @@ class Budget:
 
     def __str__(self) -> str:
         return f"target_size={self.target_size}" if self.target_size is not None else f"ratio={self.ratio or 0.0}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the host knows of one prompt when it counts what a layer keeps of it."""
+
+    tokens: int  # S
+    budget: Budget
+    layer: int = 0
+    layers: int = 1
+    question: int | None = None  # how many of the last tokens ask about the others, if that was said
+
+    @property
+    def kept(self) -> int:
+        """Pairs per KV head that stay."""
+        return self.budget.count(self.tokens)
+
+    @property
+    def ratio(self) -> float:
+        """The fraction removed."""
+        return self.budget.ratio if self.budget.ratio is not None else 1 - self.kept / self.tokens

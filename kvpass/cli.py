@@ -1,22 +1,23 @@
-"""The command line: `kvpass demo`, `kvpass presses`."""
+"""The command line: `kvpass demo`, `kvpass presses`, `kvpass calibrate`."""
 
-import dataclasses
 import importlib.metadata
-import inspect
-import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from kvpass.calibrate.run import run_calibrate
 from kvpass.demo.run import run_demo
 from kvpass.errors import KVPassError
-from kvpass.press import Press, registered_presses, resolve_press
+from kvpass.press import Press
+from kvpass.press_facts import PressFacts, docstring, facts_of, fields_of
+from kvpass.registry import parse_press, press_class, registered_presses
 
 app = typer.Typer(
     name="kvpass",
@@ -82,49 +83,69 @@ def demo(
 
 @app.command()
 def presses(
-    name: Annotated[str | None, typer.Argument(help="Show the options of this press.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help='Show the options of this press, e.g. snapkv or "chunkkv(snapkv)".')
+    ] = None,
 ) -> None:
-    """List the compression methods; with a name, the fields of that one and their defaults."""
+    """List the compression methods, what they need and what they change; with a name, also the options."""
     with _errors_in_one_line():
-        if name is None:
-            _print_presses(Console())
-        else:
-            resolve_press(name)  # an unknown name is an error that offers the nearest
-            _print_press(Console(), registered_presses()[name])
+        console = Console()
+        if name is not None:
+            _print_press(console, parse_press(name) if "(" in name else press_class(name))
+            return
+        for press in registered_presses().values():
+            facts = facts_of(press)
+            console.print(Text(facts.name, "bold"), soft_wrap=True)
+            _print_wrapped(console, facts.sentence, "  ")
+            _print_facts(console, facts)
+            console.print()
 
 
-def _print_presses(console: Console) -> None:
-    table = Table("press", "what it keeps")
-    for name, press in registered_presses().items():
-        table.add_row(Text(name), Text(_first_sentence(press)))
-    console.print(table)
+@app.command()
+def calibrate(
+    method: Annotated[str, typer.Option(help="qfilter or expected_attention_stats.")],
+    model: Annotated[str, typer.Option(help="A folder of transformers, a hub id, or smollm2.")],
+    text: Annotated[list[Path], typer.Option(help="A text file, UTF-8; may be given several times.")],
+    out: Annotated[str, typer.Option(help="A .safetensors file, or a folder for one.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to read of each text, from its beginning.")] = 2048,
+    n_sink: Annotated[
+        int | None, typer.Option(min=0, help="First tokens of each text to leave out; by default as the press does.")
+    ] = None,
+) -> None:
+    """Learn from texts what a press needs to know of a model, and write the file that the press loads."""
+    with _errors_in_one_line():
+        run_calibrate(Console(), method, model, text, out, max_tokens, n_sink)
 
 
-def _print_press(console: Console, press: type[Press]) -> None:
-    console.print(Text(f"{press.name}: {press.__module__}.{press.__qualname__}", "bold"))
-    for paragraph in _docstring(press).split("\n\n"):
-        console.print(Text(" ".join(paragraph.split())), "\n")
-    if fields := dataclasses.fields(press):
-        table = Table("field", "type", "default")
-        for field in fields:
-            kind = getattr(field.type, "__name__", str(field.type))  # str(): unions, annotations kept as text
-            table.add_row(Text(field.name), Text(kind), Text(_default(field)))
-        console.print(table)
-    else:
+def _print_press(console: Console, press: Press | type[Press]) -> None:
+    cls = press if isinstance(press, type) else type(press)
+    console.print(Text(f"{cls.name}: {cls.__module__}.{cls.__qualname__}", "bold"), soft_wrap=True)
+    for paragraph in docstring(cls).split("\n\n"):
+        _print_wrapped(console, " ".join(paragraph.split()), "")
+        console.print()
+    _print_facts(console, facts_of(press))
+    console.print()
+    if not (rows := fields_of(press)):
         console.print("It has no options.")
+        return
+    rows = [("option", "type", "default" if isinstance(press, type) else "value"), *rows]
+    name_width, kind_width = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
+    for row in rows:
+        line = f"  {row[0]:<{name_width}}{row[1]:<{kind_width}}{row[2]}"
+        console.print(Text(line, "bold" if row is rows[0] else ""), soft_wrap=True)
 
 
-def _default(field: "dataclasses.Field[object]") -> str:
-    if field.default is not dataclasses.MISSING:
-        return repr(field.default)
-    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
+def _print_facts(console: Console, facts: PressFacts) -> None:
+    if facts.papers:
+        _print_wrapped(console, " ".join(facts.papers), "  paper    ")
+    _print_wrapped(console, facts.needs_text, "  needs    ")
+    _print_wrapped(console, facts.changes, "  changes  ")
+    _print_wrapped(console, facts.phase, "  phase    ")
 
 
-def _docstring(press: type[Press]) -> str:
-    # A dataclass without a docstring is given its signature as one.
-    text = press.__doc__ or ""
-    return "" if text.startswith(f"{press.__name__}(") else inspect.cleandoc(text)
-
-
-def _first_sentence(press: type[Press]) -> str:
-    return re.split(r"(?<=\.)\s", " ".join(_docstring(press).split()), maxsplit=1)[0]
+def _print_wrapped(console: Console, text: str, label: str) -> None:
+    """Wrapped between words only: what is longer than a line, an address in a narrow window, stays whole."""
+    width = max(console.width, 40)
+    lines = textwrap.wrap(text, width - len(label), break_long_words=False, break_on_hyphens=False)
+    for i, line in enumerate(lines):
+        console.print(Text(f"{' ' * len(label) if i else label}{line}"), soft_wrap=True)

@@ -13,6 +13,10 @@ class PressError(KVPassError, ValueError):
     """A press, or one of its options, is unknown or does not fit the model."""
 
 
+class NestingError(PressError, TypeError):
+    """A press was put into a wrapper that cannot hold it."""
+
+
 class MissingTapError(PressError):
     """A press reads a tensor that this model's graph does not have."""
 

@@ -9,7 +9,7 @@ from kvpass.passes.locate_attention import LocateAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.specialize_phase import SpecializePhase
 from kvpass.passes.splice_evict import SpliceEvict
-from kvpass.passes.splice_score import SpliceScore
+from kvpass.passes.splice_press import SplicePress
 from kvpass.passes.write_cache_in_place import WriteCacheInPlace
 from kvpass.press import Press
 
@@ -25,15 +25,16 @@ def capture_passes(expected_layers: int = 0) -> tuple[Pass, ...]:
 
 def phase_passes(phase: Phase, press: Press | None) -> tuple[Pass, ...]:
     """Once for each phase of a compiled model."""
-    pressed = phase is Phase.PREFILL and press is not None
+    if phase is not Phase.PREFILL:
+        press = None
     return (
         # one graph per phase
-        SpecializePhase(phase, press.min_tokens if pressed and press else 2),
+        SpecializePhase(phase, press.min_tokens, press.example_tokens) if press else SpecializePhase(phase),
         *((KeepLastLogits(),) if phase is Phase.PREFILL else ()),
         # the cache
         InsertKVCache(),
         # the press
-        *((SpliceScore(press), SpliceEvict()) if pressed and press else ()),
+        *((SplicePress(press), SpliceEvict()) if press else ()),
         # lower
         WriteCacheInPlace(),
     )

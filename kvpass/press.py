@@ -1,131 +1,42 @@
-"""What a press is: plain tensor code that scores the key/value pairs of one layer.
+"""What a press is: plain tensor code that chooses among the key/value pairs of one layer.
 
-Legend: B batch, H query heads, Hkv KV heads, G = H / Hkv, S tokens of the prompt, D head size, N pairs to keep.
+Legend: B batch, H query heads, Hkv KV heads, S tokens of the prompt, D head size, N pairs to keep.
 """
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import ClassVar, Protocol, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
-from kvpass.errors import MissingTapError, PressError
-
-Frequencies = tuple[Tensor, ...]
-
-
-class Rope(Protocol):
-    """The model's own rotary embedding, at any position."""
-
-    def frequencies(self, positions: Tensor) -> Frequencies:
-        """The tensors that the model rotates with (cos and sin, say) at positions i64[B or 1, P]."""
-
-    def average(self, frequencies: Frequencies) -> Frequencies:
-        """Their mean over the P positions, in their own dtype."""
-
-    def rotate(self, states: Tensor, frequencies: Frequencies) -> Tensor:
-        """Rotate states [B, heads, P or any, D]; linear in both arguments."""
+from kvpass.budget import Prompt
+from kvpass.errors import PressError
+from kvpass.press_inputs import PressInputs
+from kvpass.selection import best, compact, gather
 
 
-class PressInputs:
-    """What a press may read of one layer. Reading a field is what makes it a tap of the graph.
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a press may need to know to load what was learned for a model."""
 
-    Runs on real tensors too: `PressInputs({"keys": k, "values": v}, budget=torch.empty(50))`.
-    Every field raises `MissingTapError` if the layer does not have it.
-    """
+    name: str  # as the checkpoint is called; may be empty
+    layers: int
+    heads: int  # H
+    kv_heads: int
+    key_size: int  # D
+    hidden_size: int | None  # D_model, None if the graph does not say
 
-    def __init__(
-        self,
-        taps: Mapping[str, Tensor | MissingTapError],
-        *,
-        rope: Rope | MissingTapError | None = None,
-        budget: Tensor | None = None,
-        scale: float | None = None,
-        layer: int = 0,
-        layers: int = 1,
-    ) -> None:
-        self._taps = taps
-        self._rope = rope
-        self._budget = budget
-        self._scale = scale
-        self._layer = layer
-        self.layers = layers
-        self.layer_was_read = False
 
-    def _tap(self, name: str) -> Tensor:
-        found = self._taps.get(name)
-        if found is None:
-            raise MissingTapError(f"layer {self._layer}: the press reads {name!r}, given are {sorted(self._taps)}")
-        if isinstance(found, MissingTapError):
-            raise found
-        return found
+@dataclass(frozen=True)
+class Compressed:
+    """What a press leaves of one layer."""
 
-    @property
-    def layer(self) -> int:
-        """The index of this layer among all `layers`."""
-        self.layer_was_read = True
-        return self._layer
-
-    @property
-    def keys(self) -> Tensor:
-        """Keys as cached, after RoPE. [B, Hkv, S, D]"""
-        return self._tap("keys")
-
-    @property
-    def values(self) -> Tensor:
-        """Values as cached. [B, Hkv, S, D]"""
-        return self._tap("values")
-
-    @property
-    def queries(self) -> Tensor:
-        """Queries as attention reads them, after RoPE. [B, H, S, D]"""
-        return self._tap("queries")
-
-    @property
-    def queries_pre_rope(self) -> Tensor:
-        """Queries before RoPE, behind their norm if the model has one. [B, H, S, D]"""
-        return self._tap("queries_pre_rope")
-
-    @property
-    def keys_pre_rope(self) -> Tensor:
-        """Keys before RoPE, behind their norm if the model has one. [B, Hkv, S, D]"""
-        return self._tap("keys_pre_rope")
-
-    @property
-    def hidden_states(self) -> Tensor:
-        """What the query projection reads: the layer's normed input. [B, S, D_model]"""
-        return self._tap("hidden_states")
-
-    @property
-    def rope(self) -> Rope:
-        """The rotation between `queries_pre_rope` and `queries`; the identity in layers without RoPE."""
-        if self._rope is None:
-            raise MissingTapError(f"layer {self._layer}: the press reads 'rope', none is given")
-        if isinstance(self._rope, MissingTapError):
-            raise self._rope
-        return self._rope
-
-    @property
-    def scale(self) -> float:
-        """What attention multiplies the logits with."""
-        return self._scale if self._scale is not None else float(self.keys.shape[-1]) ** -0.5
-
-    @property
-    def budget(self) -> int:
-        """N, how many pairs each KV head will keep; symbolic while tracing."""
-        if self._budget is None:
-            raise MissingTapError(f"layer {self._layer}: the press reads 'budget', none is given")
-        return self._budget.shape[0]
-
-    def per_kv_head(self, per_query_head: Tensor) -> Tensor:
-        """[B, H, ...] as [B, Hkv, G, ...]: consecutive query heads share a KV head."""
-        heads = self.keys.shape[1]
-        grouped: Tensor = per_query_head.unflatten(1, (heads, per_query_head.shape[1] // heads))
-        return grouped
+    keys: Tensor  # [B, Hkv, N, D]
+    values: Tensor  # [B, Hkv, N, D]
+    kept: Tensor | None = None  # i64[B, Hkv, N], their positions, ascending; None: all are there
+    count: Tensor | None = None  # i64[B], how many of the N are meant; None: all
+    scores: Tensor | None = None  # [B, Hkv, S], what decided, for the eye
 
 
 @dataclass(frozen=True)
@@ -133,71 +44,206 @@ class Press(ABC):
     """A compression method. Fields are its hyper-parameters, with the paper's defaults."""
 
     name: ClassVar[str]
+    changes: ClassVar[str] = "drops pairs"  # what it does to the cache, for the tables
+    needs_all_queries: ClassVar[bool] = False  # whether pair i must belong to query i
 
     @property
     def min_tokens(self) -> int:
         """The shortest prompt that the method can compress; shorter ones are kept whole. At least 2."""
         return 2
 
+    @property
+    def needs_budget(self) -> bool:
+        """Whether it wants a ratio or a target size from `kvpass.compile`."""
+        return True
+
+    @property
+    def needs_question(self) -> bool:
+        """Whether it must know which tokens at the end of the prompt ask about the others."""
+        return False
+
+    @property
+    def drops(self) -> bool:
+        """Whether it ever leaves fewer pairs than tokens."""
+        return True
+
+    @property
+    def exact(self) -> bool:
+        """Whether all layers and rows keep just as many as counted; otherwise that many at most."""
+        return True
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether `sizes` or `scalars` differ between layers."""
+        return False
+
+    @property
+    def rerotates(self) -> bool:
+        """Whether the kept keys move to positions 0..N-1, so that the text goes on at N."""
+        return False
+
+    @property
+    def local(self) -> bool:
+        """Whether the score of a token depends on nothing but this token."""
+        return False
+
+    @property
+    def changes_keys(self) -> bool:
+        """Whether kept keys differ from those of the model by more than a rotation."""
+        return False
+
+    def next_position(self, prompt: Prompt) -> int:
+        """Where the text goes on behind the prompt."""
+        return prompt.tokens
+
+    def accompany(self, x: PressInputs) -> Compressed | None:
+        """What a layer stores that is not pressed, if that is not what it has: a press may move all positions."""
+        return None
+
+    @property
+    def example_tokens(self) -> int:
+        """The length of the prompt that the graph is traced with; any that suits it would do."""
+        return 2 * self.min_tokens + 61
+
+    def for_prompt(self, prompt: Prompt) -> "Press":
+        """The press that handles this prompt: itself, or another one whose graph fits such a length."""
+        return self
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether the prompt is long enough to be compressed."""
+        return prompt.tokens >= self.min_tokens
+
+    def sizes(self, prompt: Prompt) -> dict[str, int]:
+        """Numbers that the graph needs, counted on the host: `x.size(name)`. "budget" is N, slots written per head."""
+        return {"budget": prompt.kept}
+
+    def smallest(self) -> dict[str, int]:
+        """The least value of a size, where the tensor code relies on more than 2."""
+        return {}
+
+    def scalars(self, prompt: Prompt) -> dict[str, float]:
+        """Fractions that the graph needs, computed on the host: `x.scalar(name)`."""
+        return {}
+
+    def assets(self, facts: ModelFacts) -> Mapping[str, Tensor]:
+        """Learned tensors [L, ...], one part per layer: `x.asset(name)`. Loaded when the press is compiled."""
+        return {}
+
+    @abstractmethod
+    def compress(self, x: PressInputs) -> Compressed:
+        """What one layer stores."""
+
+
+@dataclass(frozen=True)
+class SelectingPress(Press):
+    """A press that keeps some pairs as they are; the library compacts and gathers them in position order."""
+
+    @abstractmethod
+    def keep(self, x: PressInputs) -> Tensor:
+        """Which pairs stay, at most N of each head, equally many in all heads of a row. bool[B, Hkv, S]"""
+
+    def compress(self, x: PressInputs) -> Compressed:
+        return self.compacted(x, self.keep(x))
+
+    def compacted(self, x: PressInputs, keep: Tensor, scores: Tensor | None = None) -> Compressed:
+        """The marked pairs; `keep` may be bool[B, 1, S]."""
+        kept = compact(keep.expand(x.keys.shape[:3]), x.budget)
+        count = None if self.exact else keep[:, 0].sum(dim=-1)
+        return Compressed(gather(x.keys, kept), gather(x.values, kept), kept, count, scores)
+
+
+@dataclass(frozen=True)
+class ScorerPress(SelectingPress):
+    """A press that is nothing but a score: the library keeps the N best pairs of every KV head."""
+
     @abstractmethod
     def score(self, x: PressInputs) -> Tensor:
         """How much each pair is worth, higher is better. [B, Hkv, S]"""
 
+    def keep(self, x: PressInputs) -> Tensor:
+        return best(self.score(x), x.budget)
+
+    def compress(self, x: PressInputs) -> Compressed:
+        scores = self.score(x)
+        if scores.dim() != 3 or any(a != b for a, b in zip(scores.shape, x.keys.shape, strict=False)):
+            raise PressError(
+                f"{self.name}: layer {x.layer}: score() returned {tuple(scores.shape)}, expected [B, Hkv, S] = "
+                f"{tuple(x.keys.shape[:3])}"
+            )
+        return self.compacted(x, best(scores, x.budget), scores)
+
 
 @dataclass(frozen=True)
-class ScorerPress(Press):
-    """A press that is nothing but a score: the library keeps the N best pairs of every KV head."""
+class Wrapper(Press):
+    """A press around another one; what it does not say itself, the inner press says."""
 
+    press: Press
 
-P = TypeVar("P", bound=type[Press])
-_REGISTRY: dict[str, type[Press]] = {}
+    @property
+    def inner(self) -> Press:
+        return self.press
 
+    @property
+    def min_tokens(self) -> int:
+        return self.press.min_tokens
 
-def register_press(name: str) -> Callable[[P], P]:
-    """Class decorator: make a press known by name. Raises `PressError` if the name is taken by another class."""
+    @property
+    def needs_budget(self) -> bool:
+        return self.press.needs_budget
 
-    def register(cls: P) -> P:
-        known = _REGISTRY.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise PressError(f"the press name {name!r} is taken by {known.__module__}.{known.__qualname__}")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
+    @property
+    def needs_question(self) -> bool:
+        return self.press.needs_question
 
-    return register
+    @property
+    def drops(self) -> bool:
+        return self.press.drops
 
+    @property
+    def exact(self) -> bool:
+        return self.press.exact
 
-def registered_presses() -> Mapping[str, type[Press]]:
-    """All presses by name: the library's own, and those of installed packages (entry points `kvpass.presses`)."""
-    import kvpass.presses  # registers the library's own  # noqa: F401
+    @property
+    def per_layer(self) -> bool:
+        return self.press.per_layer
 
-    for entry in entry_points(group="kvpass.presses"):
-        if entry.name not in _REGISTRY:
-            register_press(entry.name)(entry.load())
-    return dict(sorted(_REGISTRY.items()))
+    @property
+    def rerotates(self) -> bool:
+        return self.press.rerotates
 
+    @property
+    def changes_keys(self) -> bool:
+        return self.press.changes_keys
 
-def resolve_press(press: str | Press | None) -> Press | None:
-    """A press by its name, or as it is. Raises `PressError` with the nearest names if there is none of that name."""
-    if press is None or isinstance(press, Press):
-        return press
-    if isinstance(press, type) and issubclass(press, Press):
-        raise PressError(f"press={press.__name__} is a class; give an object: {press.__name__}()")
-    if not isinstance(press, str):
-        raise PressError(f"press is a {type(press).__name__}, expected a name, a kvpass press or None")
-    known = registered_presses()
-    if press not in known:
-        near = difflib.get_close_matches(press, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(known)}"
-        raise PressError(f"there is no press {press!r}; {hint}")
-    return known[press]()
+    def next_position(self, prompt: Prompt) -> int:
+        return self.press.next_position(prompt)
 
+    def accompany(self, x: PressInputs) -> Compressed | None:
+        return self.press.accompany(x)
 
-def protect(scores: Tensor, *, before: int = 0, after: int = 0) -> Tensor:
-    """Add positions that are kept before all others: they get the greatest score of all, plus one.
+    @property
+    def example_tokens(self) -> int:
+        return max(self.press.example_tokens, 2 * self.min_tokens + 61)
 
-    scores [B, Hkv, S - before - after] -> [B, Hkv, S]
-    """
-    best = (scores.amax() + 1).expand(scores.shape[:-1])[..., None]
-    ends = [best.expand(-1, -1, count) for count in (before, after)]
-    return torch.cat([end for end in (ends[0], scores, ends[1]) if end.shape[-1] != 0], dim=-1)
+    def for_prompt(self, prompt: Prompt) -> Press:
+        inner = self.press.for_prompt(prompt)
+        return self if inner is self.press else self.around(inner)
+
+    def around(self, inner: Press) -> Self:
+        """The same wrapper around another press."""
+        return replace(self, press=inner)
+
+    def fits(self, prompt: Prompt) -> bool:
+        return prompt.tokens >= self.min_tokens and self.press.fits(prompt)
+
+    def sizes(self, prompt: Prompt) -> dict[str, int]:
+        return self.press.sizes(prompt)
+
+    def smallest(self) -> dict[str, int]:
+        return self.press.smallest()
+
+    def scalars(self, prompt: Prompt) -> dict[str, float]:
+        return self.press.scalars(prompt)
+
+    def assets(self, facts: ModelFacts) -> Mapping[str, Tensor]:
+        return self.press.assets(facts)

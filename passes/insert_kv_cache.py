@@ -15,15 +15,15 @@ from kvpass.ir.masks import cache_mask
 from kvpass.ir.program import KVProgram, Port, Role
 from kvpass.pass_manager import Pass
 
-CAPACITY_HINT = 1021  # not a size that anything else has
+CAPACITY_HINT, WINDOW_HINT = 1021, 1027  # not sizes that anything else has
 
 
 @dataclass(frozen=True)
 class InsertKVCache(Pass):
     """Write each layer's keys and values to a cache that enters and leaves the graph.
 
-    prefill  keys_out_0: f32[B, 2, C, 16] = slice_scatter(keys_0, add_2, 2, 0, S)         # attention as it was
-    extend   keys_out_0: f32[B, 2, C, 16] = index_put(keys_0, [.., .., slots], add_2)
+    prefill  keys_out_0: f32[B, 2, C_0, 16] = slice_scatter(keys_0, add_2, 2, 0, S)         # attention as it was
+    extend   keys_out_0: f32[B, 2, C_0, 16] = index_put(keys_0, [.., .., slots], add_2)
     decode   attended_0: f32[B, 4, S, 16] = scaled_dot_product_attention(add_1, keys_out_0, values_out_0, mask)
 
     New tokens take the slots behind those in use (`lengths`, per layer and row). The queries that share a KV head
@@ -57,8 +57,9 @@ class InsertKVCache(Pass):
         return len(sites)
 
     def _placeholders(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite) -> tuple[Node, Node]:
-        # Layers that drop nothing hold more than the pressed ones: their capacity is a size of its own.
-        capacity = program.shapes.dim("C" if site.pressable else "W", hint=CAPACITY_HINT + 6 * (not site.pressable))
+        # Layers may differ in what they hold, so each has a capacity of its own.
+        letter, hint = ("C", CAPACITY_HINT) if site.pressable else ("W", WINDOW_HINT)
+        capacity = program.shapes.dim(f"{letter}_{site.layer}", hint=hint)
         nodes = []
         for role, tap in ((Role.KEYS, site.keys), (Role.VALUES, site.values)):
             like = tap.meta["val"]

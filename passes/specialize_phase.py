@@ -19,7 +19,8 @@ class SpecializePhase(Pass):
     before:  linear: f32[B, S, 64] = linear(mul_4, weight)
     after:   linear: f32[B, 1, 64] = linear(mul_4, weight)              # decode
 
-    `min_tokens` is the shortest prompt that reaches the prefill graph; what a press slices off its end exists.
+    `min_tokens` is the shortest prompt that reaches the prefill graph: what a press slices off its end exists.
+    `example_tokens` is the length that stands for S where a press asks which of two ways to go.
     """
 
     name: ClassVar[str] = "specialize-phase"
@@ -28,6 +29,7 @@ class SpecializePhase(Pass):
 
     phase: Phase
     min_tokens: int = 2
+    example_tokens: int | None = None
 
     def run(self, program: KVProgram) -> int:
         shapes = SymbolicShapes()
@@ -36,7 +38,7 @@ class SpecializePhase(Pass):
             tokens = shapes.fix("S", 1)
         else:
             low = self.min_tokens if self.phase is Phase.PREFILL else 2
-            tokens = shapes.dim("S", hint=2 * low + 61, low=low)
+            tokens = shapes.dim("S", hint=self.example_tokens or 2 * low + 61, low=low)
         program.shapes = shapes
         program.phase = self.phase
         devices = {node.target: node.meta["val"].device for node in program.placeholders()}

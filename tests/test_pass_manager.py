@@ -16,7 +16,8 @@ from kvpass.ir.program import KVProgram, Role
 from kvpass.pass_manager import Pass, PassManager
 from kvpass.passes.splice_evict import SpliceEvict
 from kvpass.pipeline import phase_passes
-from kvpass.press import PressInputs, ScorerPress
+from kvpass.press import ScorerPress
+from kvpass.press_inputs import PressInputs
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def test_a_frozen_size_is_found_when_a_press_is_traced() -> None:
             half = int(x.keys.shape[2]) // 2
             return x.keys.sum(-1) * half
 
-    with pytest.raises(PressError, match=r"splice-score.*freezes the size \{'S': '\d+'\}.*torch.sym_int"):
+    with pytest.raises(PressError, match=r"splice-press.*freezes the size \{'S': '\d+'\}.*torch.sym_int"):
         PassManager(phase_passes(Phase.PREFILL, Frozen())).run(located())
 
 
@@ -135,7 +136,7 @@ def test_a_cache_input_without_update_is_found() -> None:
 
 
 def test_a_wrong_order_is_refused_before_the_pass_runs() -> None:
-    with pytest.raises(VerificationError, match="pass 'splice-evict' takes SCORED to COMPRESSED, found LOCATED"):
+    with pytest.raises(VerificationError, match="pass 'splice-evict' takes PRESSED to COMPRESSED, found LOCATED"):
         PassManager([SpliceEvict()]).run(located())
 
 

@@ -46,7 +46,7 @@ def test_same_for_every_example(monkeypatch: pytest.MonkeyPatch, batch: int, len
 
 def test_diff_arguments_are_checked() -> None:
     model = compiled_model("llama", "knorm", ratio=0.5)
-    with pytest.raises(ValueError, match=r"no pass 'fold'.*splice-score"):
+    with pytest.raises(ValueError, match=r"no pass 'fold'.*splice-press"):
         model.graph_diff(only="fold")
     with pytest.raises(ValueError, match="no layer 9; the model has 2"):
         model.graph_diff(layer=9)
@@ -62,7 +62,7 @@ def test_report_lists_passes_and_what_is_kept() -> None:
     report = model.report()
     assert list(report.kept) == [60, 60]
     assert [record.name for record in report.passes["prefill"]][-3:] == [
-        "splice-score",
+        "splice-press",
         "splice-evict",
         "write-cache-in-place",
     ]

@@ -13,7 +13,7 @@ from kvpass.budget import Budget
 from kvpass.demo import show
 from kvpass.demo.context import Context, make_context
 from kvpass.demo.measure import Measured, measure, warm_up
-from kvpass.press import resolve_press
+from kvpass.registry import resolve_press
 
 
 def run_demo(

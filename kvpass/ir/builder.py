@@ -1,18 +1,21 @@
 """The only way to create nodes: trace a plain tensor function on fake values and inline what it did."""
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from kvpass.errors import PressError
+from kvpass.ir.attention_site import AttentionSite
 from kvpass.ir.program import KVProgram, Origin, Port
 
 TensorFunction = Callable[..., Tensor | tuple[Tensor, ...]]
+NamedTensorFunction = Callable[..., dict[str, Tensor]]
 
 
 @dataclass
@@ -35,6 +38,16 @@ class GraphBuilder:
         self.program.inputs = (*self.program.inputs, port)
         return node
 
+    def attribute(self, name: str, tensor: Tensor, like: AttentionSite) -> Node:
+        """A constant of the graph, in the dtype and on the device of the site's keys."""
+        keys = like.keys.meta["val"]
+        value = tensor.detach().to(keys.device, keys.dtype).contiguous()
+        self.program.graph_module.register_buffer(name, value)
+        with self.program.graph.inserting_before(_after(list(self.program.placeholders())[-1])):
+            node = self.program.graph.get_attr(name)
+        node.meta.update(val=self.program.shapes.fake(value), kvpass=Origin(self.made_by, "asset", like.layer))
+        return node
+
     def inline(
         self,
         function: TensorFunction,
@@ -53,15 +66,44 @@ class GraphBuilder:
         trace, if `reuse()` allows it after tracing, so that thirty equal layers are traced once. A node that depends
         on nothing of a layer is created once for all of them.
         """
+        results = self._inline(_numbered(function), inputs, names, layer, like, key, reuse)
+        return tuple(results.values())
+
+    def inline_named(
+        self,
+        function: NamedTensorFunction,
+        inputs: Sequence[Node],
+        *,
+        layer: int | None = None,
+        like: Node | None = None,
+        key: Hashable = None,
+        reuse: Callable[[], bool] = lambda: True,
+    ) -> dict[str, Node]:
+        """As `inline`, for a function that names its outputs itself. What it returns untouched keeps its own name."""
+        return self._inline(function, inputs, None, layer, like, key, reuse)
+
+    def _inline(
+        self,
+        function: NamedTensorFunction,
+        inputs: Sequence[Node],
+        names: Sequence[str] | None,
+        layer: int | None,
+        like: Node | None,
+        key: Hashable,
+        reuse: Callable[[], bool],
+    ) -> dict[str, Node]:
         trace = self._trace(function, inputs, key, reuse)
         placed: dict[Node, Node] = {}
         sources = [node for node in trace.graph.nodes if node.op == "placeholder"]
         placed.update(zip(sources, inputs, strict=True))
-        results = _outputs(trace.graph)
-        roles = dict(zip(results, names, strict=True))
+        returned: dict[str, Node] = trace.graph.output_node().args[0]  # type: ignore[assignment]
+        results = dict(zip(names, returned.values(), strict=True)) if names is not None else dict(returned)
+        roles = {node: name for name, node in results.items()}
         stack = (like or max(inputs)).meta.get("nn_module_stack", {})
         position = _after(max(inputs))
         for node in trace.graph.nodes:
+            if node.op == "get_attr":
+                placed[node] = self._subgraph(trace, node, position)
             if node.op != "call_function":
                 continue
             role = roles.get(node, "")
@@ -79,7 +121,18 @@ class GraphBuilder:
             if role:
                 new._rename(role if layer is None else f"{role}_{layer}")
             placed[node] = new
-        return tuple(placed[node] for node in results)
+        return {name: placed[node] for name, node in results.items()}
+
+    def _subgraph(self, trace: GraphModule, node: Node, position: Node) -> Node:
+        """The body of a loop, which a trace holds as a module of its own."""
+        module = trace.get_submodule(str(node.target))
+        number = sum(1 for name, _ in self.program.graph_module.named_children() if name.startswith(str(node.target)))
+        name = f"{node.target}_{number}"
+        self.program.graph_module.add_module(name, module)
+        with self.program.graph.inserting_before(position):
+            new = self.program.graph.get_attr(name)
+        new.meta.update(val=module, kvpass=Origin(self.made_by))
+        return new
 
     def _shared_twin(self, node: Node, placed: dict[Node, Node]) -> Node | None:
         """The one node at the head of the graph that stands for `node` in every layer; None if it belongs to one.
@@ -114,7 +167,7 @@ class GraphBuilder:
         return None
 
     def _trace(
-        self, function: TensorFunction, inputs: Sequence[Node], key: Hashable, reuse: Callable[[], bool]
+        self, function: NamedTensorFunction, inputs: Sequence[Node], key: Hashable, reuse: Callable[[], bool]
     ) -> GraphModule:
         shapes = self.program.shapes
         values = [node.meta["val"] for node in inputs]
@@ -125,7 +178,7 @@ class GraphBuilder:
         with shapes.fake_mode, torch.no_grad():
             trace = make_fx(function, pre_dispatch=True)(*values)
         for node in trace.graph.nodes:
-            if node.op == "get_attr":
+            if node.op == "get_attr" and not isinstance(getattr(trace, str(node.target)), GraphModule):
                 raise PressError(
                     f"{self.made_by}: {_label(function)} uses a tensor made outside of it ({node.target}); "
                     "pass it as an input, or make it inside"
@@ -142,9 +195,13 @@ class GraphBuilder:
         return trace
 
 
-def _outputs(graph: Graph) -> list[Node]:
-    value = graph.output_node().args[0]
-    return list(value) if isinstance(value, list | tuple) else [value]  # type: ignore[arg-type, list-item]
+def _numbered(function: TensorFunction) -> NamedTensorFunction:
+    @functools.wraps(function)
+    def named(*tensors: Tensor) -> dict[str, Tensor]:
+        outputs = function(*tensors)
+        return {str(i): t for i, t in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
+
+    return named
 
 
 def _after(node: Node) -> Node:
@@ -155,5 +212,5 @@ def _after(node: Node) -> Node:
     return following
 
 
-def _label(function: TensorFunction) -> str:
+def _label(function: Callable[..., object]) -> str:
     return getattr(function, "__qualname__", repr(function))

@@ -11,7 +11,7 @@ class Form(IntEnum):
     LOCATED = 3  # every SDPA carries its layer and window
     SPECIALIZED = 4  # sizes belong to one phase
     CACHED = 5  # cache tensors enter and leave the graph
-    SCORED = 6  # pressed layers hold a score for every key/value pair
+    PRESSED = 6  # pressed layers hold what the press leaves of their pairs
     COMPRESSED = 7  # only the kept pairs are written to the cache
     LOWERED = 8  # the cache is written in place
 

@@ -17,21 +17,27 @@ class Role(Enum):
     INPUT_IDS = "input_ids"  # i64[B, S]
     POSITION_IDS = "position_ids"  # i64[B, S], positions in the original text
     LENGTHS = "lengths"  # i64[L, B], occupied cache slots before this call
-    BUDGET = "budget"  # f32[N]; only its length counts: the pairs to keep per pressed layer
+    SIZE = "size"  # f32[n]; only its length counts, e.g. the pairs that a pressed layer keeps
+    SCALAR = "scalar"  # f32[]
     KEYS = "keys"  # [B, Hkv, C, D], one per layer
     VALUES = "values"  # [B, Hkv, C, D], one per layer
     LOGITS = "logits"  # [B, S, V], or [B, 1, V] in prefill
-    KEPT = "kept"  # i64[B, Hkv, N], slots (= positions) kept in a pressed layer, ascending
+    KEPT = "kept"  # i64[B, Hkv, N], positions kept in a pressed layer, ascending
+    COUNT = "count"  # i64[B], how many of the N slots of a pressed layer are occupied, where rows differ
 
 
 @dataclass(frozen=True)
 class Port:
-    """One typed input or output of a program. An output with `updates` is the new value of that input."""
+    """One typed input or output of a program.
+
+    An output with `updates` is the new value of that input. `key` is what the press calls its sizes and scalars.
+    """
 
     name: str
     role: Role
     layer: int | None = None
     updates: str | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class KVProgram:
     shapes: SymbolicShapes
     phase: Phase | None = None
     layer_count: int = 0
+    model_name: str = ""  # as its checkpoint is called
     history: tuple[str, ...] = field(default=())
 
     @property
@@ -103,10 +110,16 @@ class KVProgram:
 
     def attribute(self, node: Node) -> Tensor:
         """The real parameter or buffer that a `get_attr` node names."""
+        found = self.held(node)
+        assert isinstance(found, Tensor)
+        return found
+
+    def held(self, node: Node) -> Tensor | GraphModule:
+        """What a `get_attr` node names: a parameter, a buffer, or the body of a loop."""
         owner: object = self.graph_module
         for atom in str(node.target).split("."):
             owner = getattr(owner, atom)
-        assert isinstance(owner, Tensor)
+        assert isinstance(owner, Tensor | GraphModule)
         return owner
 
 

@@ -22,7 +22,8 @@ def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, An
             if node.op == "placeholder":
                 values[node] = inputs[str(node.target)]
             elif node.op == "get_attr":
-                values[node] = program.shapes.fake(program.attribute(node))
+                held = program.held(node)
+                values[node] = program.shapes.fake(held) if isinstance(held, Tensor) else held
             elif node.op == "call_function":
                 values[node] = call(node, values.__getitem__)
             elif node.op != "output":

@@ -7,7 +7,25 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.ir.program import KVProgram
-from kvpass.ir.taps import Rotation
+from kvpass.ir.subgraph import Subgraph
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """RoPE as it stands in the graph: from positions to frequencies, from states and frequencies to rotated states."""
+
+    pre: Node  # [B, heads, S, D]
+    table: Subgraph  # position_ids -> frequencies
+    apply: Subgraph  # pre, *frequencies -> post
+
+    def fingerprint(self) -> str:
+        return f"{self.table.fingerprint()} | {self.apply.fingerprint()}"
+
+    @property
+    def constants(self) -> list[Node]:
+        """The attributes that the table and the rotation read, such as inverse frequencies."""
+        leaves = dict.fromkeys([*self.table.leaves(), *self.apply.leaves()])
+        return [node for node in leaves if node.op == "get_attr"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Find the tensors that a press may read, by dataflow and never by the names of modules."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,31 +10,51 @@ from torch.fx import Node
 from kvpass.errors import MissingTapError
 from kvpass.ir.attention_site import AttentionSite
 from kvpass.ir.program import KVProgram, Role
+from kvpass.ir.rotary import GraphRope, Rotation
 from kvpass.ir.subgraph import Subgraph, nodes_between, reached_from
 
 aten = torch.ops.aten
 PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default)
 
 
-TAP_NAMES = ("keys", "values", "queries", "queries_pre_rope", "keys_pre_rope", "hidden_states")
+TAP_NAMES = (
+    "keys",
+    "values",
+    "queries",
+    "queries_pre_rope",
+    "keys_pre_rope",
+    "hidden_states",
+    "output_weight",
+)
+MOVES = ("transpose", "permute", "reshape", "view", "clone", "contiguous", "flatten", "_unsafe_view", "to", "_to_copy")
 
 
 @dataclass(frozen=True)
-class Rotation:
-    """RoPE as it stands in the graph: from positions to frequencies, from states and frequencies to rotated states."""
+class LayerTaps:
+    """All taps of one layer: the nodes of those that it has, and why it lacks the others."""
 
-    pre: Node  # [B, heads, S, D]
-    table: Subgraph  # position_ids -> frequencies
-    apply: Subgraph  # pre, *frequencies -> post
-
-    def fingerprint(self) -> str:
-        return f"{self.table.fingerprint()} | {self.apply.fingerprint()}"
+    nodes: dict[str, Node]
+    missing: dict[str, MissingTapError]
+    rotations: dict[str, Rotation | MissingTapError]
 
     @property
-    def constants(self) -> list[Node]:
-        """The attributes that the table and the rotation read, such as inverse frequencies."""
-        leaves = dict.fromkeys([*self.table.leaves(), *self.apply.leaves()])
-        return [node for node in leaves if node.op == "get_attr"]
+    def constants(self) -> dict[str, Node]:
+        """The attributes that the rotations read."""
+        rotations = [r for r in self.rotations.values() if isinstance(r, Rotation)]
+        return {str(node.target): node for rotation in rotations for node in rotation.constants}
+
+    def fingerprint(self) -> str:
+        """Equal for layers that rotate alike."""
+        parts = [str(r) if isinstance(r, MissingTapError) else r.fingerprint() for r in self.rotations.values()]
+        return " || ".join([*parts, *self.constants])
+
+    def ropes(self, program: KVProgram, constants: Mapping[str, Tensor]) -> dict[str, GraphRope | MissingTapError]:
+        """The rotations as functions, over the values of `constants`."""
+        given = {node: constants[name] for name, node in self.constants.items()}
+        return {
+            name: found if isinstance(found, MissingTapError) else GraphRope(program, found, given)
+            for name, found in self.rotations.items()
+        }
 
 
 class Taps:
@@ -59,7 +80,24 @@ class Taps:
                 return self.rotation(site, site.keys).pre
             case "hidden_states":
                 return self._projection(site, site.queries)
+            case "output_weight":
+                return self._output_weight(site)
         raise MissingTapError(f"layer {site.layer}: there is no tap {name!r}")
+
+    def of_layer(self, site: AttentionSite) -> LayerTaps:
+        """All that a press may read of one layer."""
+        found = LayerTaps({}, {}, {})
+        for name in TAP_NAMES:
+            try:
+                found.nodes[name] = self.node(site, name)
+            except MissingTapError as error:
+                found.missing[name] = error
+        for name, post in (("rope", site.queries), ("key_rope", site.keys)):
+            try:
+                found.rotations[name] = self.rotation(site, post)
+            except MissingTapError as error:
+                found.rotations[name] = error
+        return found
 
     def rotation(self, site: AttentionSite, post: Node) -> Rotation:
         """The rotation that ends in `post`; empty if the layer has none."""
@@ -112,6 +150,23 @@ class Taps:
         if not found:
             raise MissingTapError(f"layer {site.layer}: {post.name} comes from no projection, so no hidden states")
         return next(n for n in max(found).all_input_nodes if n in self._from_tokens)
+
+    def _output_weight(self, site: AttentionSite) -> Node:
+        """The weight of the linear layer that reads all heads of the attention, side by side."""
+        node, width = site.node, site.shape(site.values)[3] * int(site.queries.meta["val"].shape[1])
+        while len(node.users) == 1:
+            (node,) = node.users
+            if node.target is aten.linear.default:
+                weight = node.args[1]
+                assert isinstance(weight, Node)
+                if weight.op == "get_attr" and weight.meta["val"].shape[1] == width:
+                    return weight
+            if getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::") not in MOVES:
+                break
+        raise MissingTapError(
+            f"layer {site.layer}: no output weight, its attention does not go straight into a linear layer "
+            f"({node.name} is in between)"
+        )
 
     def _is_projection(self, node: Node) -> bool:
         return node.target in PRODUCTS and any(_is_weight(source) for source in node.all_input_nodes)

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import PressError
-from kvpass.press import PressInputs, ScorerPress, protect, register_press
+from kvpass.press import ScorerPress
+from kvpass.press_inputs import PressInputs
+from kvpass.registry import register_press
+from kvpass.selection import protect
 
 
 @register_press("expected_attention")
@@ -38,15 +41,12 @@ class ExpectedAttention(ScorerPress):
         return max(2, self.n_sink + 1)
 
     def score(self, x: PressInputs) -> Tensor:
-        queries = x.queries_pre_rope[:, :, self.n_sink :]  # [B, H, S', D]
         keys, values = x.keys[:, :, self.n_sink :], x.values[:, :, self.n_sink :]
-        rotation = self._mean_rotation(x)
-        mean = queries.mean(dim=2, keepdim=True)
+        rotation = mean_rotation(x, self.n_future_positions)
+        mean, covariance = self.statistics(x)
         direction = x.per_kv_head(mean @ rotation).flatten(2, 3)  # [B, Hkv, G, D]
         logits = (direction @ keys.transpose(-1, -2)) * x.scale  # [B, Hkv, G, S']
-        if self.use_covariance:
-            centred = queries - mean
-            covariance = centred.transpose(-1, -2) @ centred / queries.shape[2]  # [B, H, D, D]
+        if covariance is not None:
             spread = x.per_kv_head(rotation.transpose(-1, -2) @ covariance @ rotation)
             grouped = keys.unsqueeze(2)
             logits = logits + ((grouped @ spread) * grouped).sum(dim=-1) * (x.scale**2 / 2)
@@ -56,10 +56,20 @@ class ExpectedAttention(ScorerPress):
             scores = weighted * torch.linalg.vector_norm(values, dim=-1)
         return protect(scores, before=self.n_sink)
 
-    def _mean_rotation(self, x: PressInputs) -> Tensor:
-        """The average of the rotations at the next positions, as a matrix for row vectors. [D, D]"""
-        tokens, width = x.keys.shape[2], x.keys.shape[3]
-        positions = torch.arange(self.n_future_positions, device=x.keys.device)[None] + tokens
-        frequencies = x.rope.average(x.rope.frequencies(positions))
-        basis = torch.eye(width, dtype=x.keys.dtype, device=x.keys.device)
-        return x.rope.rotate(basis[None, None], frequencies)[0, 0]
+    def statistics(self, x: PressInputs) -> tuple[Tensor, Tensor | None]:
+        """Mean [B, H, 1, D] and covariance [B, H, D, D] of the queries before RoPE; None: not used."""
+        queries = x.queries_pre_rope[:, :, self.n_sink :]  # [B, H, S', D]
+        mean = queries.mean(dim=2, keepdim=True)
+        if not self.use_covariance:
+            return mean, None
+        centred = queries - mean
+        return mean, centred.transpose(-1, -2) @ centred / queries.shape[2]
+
+
+def mean_rotation(x: PressInputs, n_future_positions: int) -> Tensor:
+    """The average of the rotations at the positions behind the prompt, as a matrix for row vectors. [D, D]"""
+    width = x.keys.shape[3]
+    positions = torch.arange(n_future_positions, device=x.keys.device)[None] + x.next_position
+    frequencies = x.rope.average(x.rope.frequencies(positions))
+    basis = torch.eye(width, dtype=x.keys.dtype, device=x.keys.device)
+    return x.rope.rotate(basis[None, None], frequencies)[0, 0]

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpass.press import PressInputs, ScorerPress, register_press
+from kvpass.press import ScorerPress
+from kvpass.press_inputs import PressInputs
+from kvpass.registry import register_press
 
 
 @register_press("knorm")

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import PressError
-from kvpass.press import PressInputs, ScorerPress, register_press
+from kvpass.press import ScorerPress
+from kvpass.press_inputs import PressInputs
+from kvpass.registry import register_press
 
 
 @register_press("streaming_llm")

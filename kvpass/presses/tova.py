@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvpass.press import PressInputs, ScorerPress, protect, register_press
-from kvpass.presses.window_attention import window_attention
+from kvpass.press import ScorerPress
+from kvpass.press_inputs import PressInputs
+from kvpass.presses.window_attention import protect_window, window_attention
+from kvpass.registry import register_press
 
 
 @register_press("tova")
@@ -18,4 +20,4 @@ class TOVA(ScorerPress):
 
     def score(self, x: PressInputs) -> Tensor:
         attention = window_attention(x, 1).flatten(1, 3).mean(dim=1, keepdim=True)  # [B, 1, S - 1]
-        return protect(attention.expand(-1, x.keys.shape[1], -1), after=1)
+        return protect_window(x, attention.expand(-1, x.keys.shape[1], -1), 1)

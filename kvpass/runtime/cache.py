@@ -1,7 +1,7 @@
 """The compressed cache: preallocated, written in place by the graphs, with the text position of every entry."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from transformers import Cache
 from kvpass.errors import CacheError
 
 GRANULE = 64  # capacities grow in steps of at least this many slots
-FORMAT = "kvpass-cache-1"
+FORMAT = "kvpass-cache-2"
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class CompressedCache(Cache):
         self._kept: list[Tensor | None] = [None] * len(layout.layers)  # positions of what the prefill left
         self._used = [0] * len(layout.layers)
         self._context = (0, [0] * len(layout.layers))  # seen_tokens and entries at the end of the prefill
+        self._counts: Tensor | None = None  # i64[L, B], entries at the end of the prefill, where rows differ
+        self._shift = 0  # how much earlier than its place in the text a new token stands, after a re-rotation
+        self._removed = 0  # tokens of the prompt that the model never saw: a delimiter
         self.lengths = torch.empty(0)
 
     # -- what the graphs read and write ------------------------------------------------------------------------
@@ -86,13 +89,58 @@ class CompressedCache(Cache):
                 self._values.append(values)
             self.lengths = torch.zeros(len(entries), batch, dtype=torch.int64, device=self.device)
 
-    def begin(self, seen_tokens: int, kept: Sequence[Tensor | None], entries: Sequence[int]) -> None:
-        """Note what a prefill has written: `kept[layer]` i64[B, Hkv, n], or None if all of it."""
+    def begin(
+        self,
+        seen_tokens: int,
+        kept: Sequence[Tensor | None],
+        entries: Sequence[int],
+        *,
+        counts: Mapping[int, Tensor] | None = None,
+        next_position: int | None = None,
+    ) -> None:
+        """Note what a prefill has written.
+
+        kept[layer]: i64[B, Hkv, n], or None if all of it. entries[layer]: slots written. counts[layer]: i64[B], how
+        many of them are occupied in each row, where the press decided; asking for them is one synchronisation.
+        next_position: where the text goes on, if not behind the tokens seen.
+        """
         self._kept = list(kept)
         self._used = list(entries)
         self.seen_tokens = seen_tokens
-        self._context = (seen_tokens, list(entries))
+        self._shift = seen_tokens - (seen_tokens if next_position is None else next_position)
+        self._counts = None
+        if counts:
+            written = torch.tensor(entries, device=self.device)[:, None].expand_as(self.lengths).clone()
+            for layer, count in counts.items():
+                written[layer] = count
+            self._counts = written
+            self._used = [max(row) for row in written.tolist()]
+            self._trim()
+        self._context = (seen_tokens, list(self._used))
         self._sync_lengths()
+
+    def note_removed(self, tokens: int) -> None:
+        """Note that the caller's text holds tokens that the model does not see."""
+        self._removed = tokens
+
+    @property
+    def next_position(self) -> int:
+        """The position of the next token."""
+        return self.seen_tokens - self._shift
+
+    def _trim(self) -> None:
+        """Give back the room of what was decided to be dropped, where it is worth a copy."""
+        for index, layer in enumerate(self.layout.layers):
+            if self.layout.capacity is not None:
+                return
+            used = self._used[index]
+            capacity, kept = self._capacity(used, layer), self._kept[index]
+            if kept is not None:
+                self._kept[index] = kept[:, :, :used]
+            if capacity < 0.75 * self._keys[index].shape[2]:
+                with torch.inference_mode(False):
+                    self._keys[index] = self._resized(self._keys[index], capacity, used)
+                    self._values[index] = self._resized(self._values[index], capacity, used)
 
     def reserve(self, tokens: int) -> None:
         """Make sure that `tokens` more entries fit; grows in steps, so that growth is rare."""
@@ -101,8 +149,8 @@ class CompressedCache(Cache):
             if need > self._keys[index].shape[2]:
                 capacity = self._capacity(need, layer)
                 with torch.inference_mode(False):
-                    self._keys[index] = self._grown(self._keys[index], capacity)
-                    self._values[index] = self._grown(self._values[index], capacity)
+                    self._keys[index] = self._resized(self._keys[index], capacity, self._used[index])
+                    self._values[index] = self._resized(self._values[index], capacity, self._used[index])
 
     def advance(self, tokens: int) -> None:
         """Note that `tokens` entries were appended to every layer."""
@@ -125,37 +173,48 @@ class CompressedCache(Cache):
         # Off the round numbers that prompts and budgets have: torch.compile takes equal sizes for one size.
         return -(-room // GRANULE) * GRANULE + (8 if layer.pressed else 24)
 
-    def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        batch, heads, slots, size = old.shape
+    def _resized(self, old: Tensor, capacity: int, used: int) -> Tensor:
+        batch, heads, _, size = old.shape
         new = old.new_zeros(batch, heads, capacity, size)
-        new[:, :, :slots] = old
+        new[:, :, :used] = old[:, :, :used]
         return new
 
     def _sync_lengths(self) -> None:
+        """Set `lengths` to what is in use now."""
         used = torch.tensor(self._used, dtype=torch.int64)
-        self.lengths.copy_(used[:, None].expand_as(self.lengths))
+        if self._counts is None:
+            self.lengths.copy_(used[:, None].expand_as(self.lengths))
+        else:
+            appended = used - torch.tensor(self._context[1])
+            self.lengths.copy_(self._counts + appended[:, None].to(self.device))
 
     # -- what people read --------------------------------------------------------------------------------------
 
     def keys(self, layer: int) -> Tensor:
-        """The occupied entries, in position order. [B, Hkv, n, D], a view"""
+        """The occupied entries, in position order. [B, Hkv, n, D], a view; n is that of the fullest row"""
         return self._keys[layer][:, :, : self._used[layer]]
 
     def values(self, layer: int) -> Tensor:
-        """The occupied entries, in position order. [B, Hkv, n, D], a view"""
+        """The occupied entries, in position order. [B, Hkv, n, D], a view; n is that of the fullest row"""
         return self._values[layer][:, :, : self._used[layer]]
 
     def positions(self, layer: int) -> Tensor:
-        """Which token of the text each entry was. i64[B, Hkv, n]"""
+        """Which token of the text each entry was; -1 behind the end of a row that holds fewer. i64[B, Hkv, n]"""
         heads, (context, entries) = self.layout.layers[layer].heads, self._context
         kept = self._kept[layer]
         if kept is None:
             kept = torch.arange(entries[layer], device=self.device).expand(self._rows or 0, heads, -1)
         appended = torch.arange(self._used[layer] - entries[layer], device=self.device) + context
-        return torch.cat([kept, appended.expand(*kept.shape[:2], -1)], dim=-1)
+        found = torch.cat([kept, appended.expand(*kept.shape[:2], -1)], dim=-1)
+        if self._counts is None:
+            return found
+        slot = torch.arange(found.shape[-1], device=self.device)
+        count, length = self._counts[layer][:, None, None], self.lengths[layer][:, None, None]
+        found = torch.where(slot < count, found, slot - count + context)
+        return torch.where(slot < length, found, -1)
 
     def kept(self, layer: int) -> int:
-        """How many entries each KV head of the layer holds."""
+        """How many entries each KV head of the layer holds, in the fullest row."""
         return self._used[layer]
 
     @property
@@ -194,6 +253,7 @@ class CompressedCache(Cache):
 
         Raises `CacheError` for what lies inside a compressed context: what was dropped does not come back.
         """
+        max_length -= self._removed if max_length > 0 else 0
         target = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
         removed = self.seen_tokens - target
         compressed = any(kept is not None for kept in self._kept)
@@ -206,7 +266,7 @@ class CompressedCache(Cache):
             )
         self.seen_tokens, self._used = target, [used - removed for used in self._used]
         if target < self._context[0]:
-            self._context = (target, list(self._used))
+            self._context, self._counts = (target, list(self._used)), None
         if removed:
             self._sync_lengths()
 
@@ -225,6 +285,8 @@ class CompressedCache(Cache):
         twin = CompressedCache(self.layout, self.device)
         twin.seen_tokens, twin._used = self.seen_tokens, list(self._used)
         twin._context = (self._context[0], list(self._context[1]))
+        twin._shift, twin._removed = self._shift, self._removed
+        twin._counts = None if self._counts is None else change(self._counts.T).T.contiguous()
         twin._keys = [change(t) for t in self._keys]
         twin._values = [change(t) for t in self._values]
         twin._kept = [None if t is None else change(t) for t in self._kept]
@@ -235,8 +297,8 @@ class CompressedCache(Cache):
     # -- what transformers calls -------------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, not entries kept: positions go on counting the text."""
-        return self.seen_tokens
+        """Tokens of the caller's text, not entries kept: positions go on counting the text."""
+        return self.seen_tokens + self._removed
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -269,8 +331,12 @@ class CompressedCache(Cache):
             kept = self._kept[layer]
             if kept is not None:
                 tensors[f"kept.{layer}"] = kept.contiguous()
+        if self._counts is not None:
+            tensors["counts"] = self._counts
         state = {
             "format": FORMAT,
+            "shift": self._shift,
+            "removed": self._removed,
             "seen_tokens": self.seen_tokens,
             "context": self._context,
             "layout": asdict(self.layout),
@@ -298,10 +364,13 @@ class CompressedCache(Cache):
             names = set(file.keys())
             stored = [(file.get_tensor(f"keys.{i}"), file.get_tensor(f"values.{i}")) for i in range(len(cache))]
             kept = [file.get_tensor(f"kept.{i}") if f"kept.{i}" in names else None for i in range(len(cache))]
+            counts = file.get_tensor("counts") if "counts" in names else None
         cache.allocate(stored[0][0].shape[0], [keys.shape[2] for keys, _ in stored])
         for layer, (keys, values) in enumerate(stored):
             cache._keys[layer][:, :, : keys.shape[2]] = keys
             cache._values[layer][:, :, : values.shape[2]] = values
         cache.begin(state["seen_tokens"], kept, [keys.shape[2] for keys, _ in stored])
         cache._context = (state["context"][0], list(state["context"][1]))
+        cache._shift, cache._removed, cache._counts = state["shift"], state["removed"], counts
+        cache._sync_lengths()
         return cache

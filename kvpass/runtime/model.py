@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from kvpass.budget import Budget
+from kvpass.budget import Budget, Prompt
 from kvpass.errors import CacheError, InputError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.printer import graph_diff, graph_text
@@ -19,7 +19,7 @@ from kvpass.pass_manager import PassManager, PassRecord
 from kvpass.pipeline import phase_passes
 from kvpass.press import Press
 from kvpass.runtime.cache import CacheLayout, CompressedCache
-from kvpass.runtime.guard import Guard
+from kvpass.runtime.guard import choose_phase
 from kvpass.runtime.phases import PhaseGraph, PhaseGraphs, PrintIR
 from kvpass.runtime.report import Report
 
@@ -64,8 +64,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         self._layout = layout
         self._recipe = recipe
         self._capture_records = list(capture_records)
-        self._ready: dict[Phase, PhaseGraph] = {}
-        self._guard = Guard(recipe.press.min_tokens if recipe.press else 2)
+        self._ready: dict[tuple[Phase, Press | None], PhaseGraph] = {}
         self._last_prompt: tuple[int, list[int], int] = (0, [], 0)
         probe = next(self.weights.parameters())
         self._device, self._dtype = probe.device, probe.dtype
@@ -79,31 +78,27 @@ class CompiledModel(nn.Module, GenerationMixin):
         past_key_values: CompressedCache | None = None,
         logits_to_keep: int = 0,
         use_cache: bool | None = None,
+        question_tokens: int | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
         """Read `input_ids` i64[B, S] behind what the cache has seen.
 
         Logits are [B, 1, V] after the first prompt (its last token), [B, S, V] for tokens appended to a cache.
         `logits_to_keep=n` gives the last n; with a first prompt its last n - 1 tokens count as appended to it.
+        `question_tokens`: how many tokens at the end of the prompt ask about the rest, for a press like finch.
         Raises `InputError` for what cannot be served, `CacheError` for a cache of another model or size.
         """
         ids = self._checked_ids(input_ids, unused)
         cache = self._checked_cache(past_key_values, ids)
         if attention_mask is not None:
-            rows, new = ids.shape
-            if tuple(attention_mask.shape) not in ((rows, new), (rows, cache.seen_tokens + new)):
-                raise InputError(
-                    f"attention_mask must be [batch, tokens], found {tuple(attention_mask.shape)} for input_ids "
-                    f"{(rows, new)} behind {cache.seen_tokens} tokens"
-                )
-            _refuse_padding(attention_mask)
-        if cache.seen_tokens == 0 and min(logits_to_keep, ids.shape[1]) > 1:
+            self._check_mask(attention_mask, ids, cache)
+        first = cache.seen_tokens == 0
+        if first:
+            ids, question_tokens = self._question(ids, question_tokens, cache)
+        if first and min(logits_to_keep, ids.shape[1]) > 1:
             return self._prompt_with_candidates(ids, min(logits_to_keep, ids.shape[1]) - 1, cache, use_cache)
-        phase = self._guard.phase(ids.shape[1], cache.seen_tokens)
         with torch.no_grad():
-            run = self._prefill_into if phase is Phase.PREFILL else self._append_to
-            first = cache.seen_tokens == 0
-            logits = run(phase, cache, ids)
+            logits = self._read(ids, cache, question_tokens)
         if first:  # also a prompt that was kept whole gives the logits of its last token alone
             logits = logits[:, -1:]
         if logits_to_keep:
@@ -113,9 +108,9 @@ class CompiledModel(nn.Module, GenerationMixin):
             past_key_values=None if use_cache is False else cache,
         )
 
-    def prefill(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+    def prefill(self, input_ids: Tensor, *, question_tokens: int | None = None) -> CausalLMOutputWithPast:
         """Read a prompt i64[B, S] into a new cache: `logits` [B, 1, V] of its last token, `past_key_values`."""
-        result: CausalLMOutputWithPast = self(input_ids=input_ids)
+        result: CausalLMOutputWithPast = self(input_ids=input_ids, question_tokens=question_tokens)
         return result
 
     def set_budget(self, *, ratio: float | None = None, target_size: int | None = None) -> None:
@@ -126,6 +121,10 @@ class CompiledModel(nn.Module, GenerationMixin):
         budget = Budget(ratio, target_size)
         if self._recipe.press is None and not budget.keeps_all:
             raise PressError(f"{budget}: this model was compiled without a press, so nothing can be dropped")
+        if self._recipe.press is not None and not self._recipe.press.needs_budget:
+            raise PressError(
+                f"{budget}: {self._recipe.press.name} says itself what it keeps; compile with other options"
+            )
         self._recipe = replace(self._recipe, budget=budget)
 
     def new_cache(self) -> CompressedCache:
@@ -157,17 +156,42 @@ class CompiledModel(nn.Module, GenerationMixin):
         after["logits"] = torch.cat([before.logits, after.logits], dim=1)
         return after
 
-    def _prefill_into(self, phase: Phase, cache: CompressedCache, ids: Tensor) -> Tensor:
-        batch, tokens = ids.shape
-        count = self._recipe.budget.count(tokens) if self._recipe.press else tokens
-        entries = [count if layer.pressed else tokens for layer in self._layout.layers]
-        cache.allocate(batch, entries)
-        outputs = self._run(phase, cache, ids, torch.empty(count, device=self._device))
-        kept: list[Tensor | None] = [None] * len(entries)
-        for port, value in zip(self._phase(phase).program.outputs, outputs, strict=True):
-            if port.role is Role.KEPT and port.layer is not None:
-                kept[port.layer] = value
-        cache.begin(tokens, kept, entries)
+    def _read(self, ids: Tensor, cache: CompressedCache, question: int | None) -> Tensor:
+        """The logits of a call, after the phase graph that the guard chose has run."""
+        press = self._recipe.press
+        prompt = Prompt(ids.shape[1], self._recipe.budget, 0, len(self._layout.layers), question)
+        fits = press is None or press.fits(prompt)
+        phase = choose_phase(prompt.tokens, cache.seen_tokens, fits=fits)
+        if phase is Phase.PREFILL:
+            return self._prefill_into(cache, ids, prompt, press.for_prompt(prompt) if press else None)
+        if cache.seen_tokens == 0 and press is not None and not fits:
+            log.info("a prompt of %d tokens is kept whole: %s needs %d", prompt.tokens, press.name, press.min_tokens)
+        return self._append_to(phase, cache, ids)
+
+    def _prefill_into(self, cache: CompressedCache, ids: Tensor, prompt: Prompt, press: Press | None) -> Tensor:
+        prompts = [replace(prompt, layer=layer) for layer in range(prompt.layers)]
+        sizes = [press.sizes(p) if press else {} for p in prompts]
+        scalars = [press.scalars(p) if press else {} for p in prompts]
+        entries = [
+            size.get("budget", prompt.tokens) if layer.pressed else prompt.tokens
+            for layer, size in zip(self._layout.layers, sizes, strict=True)
+        ]
+        cache.allocate(ids.shape[0], entries)
+        graph = self._phase(Phase.PREFILL, press)
+        given: dict[str, Tensor] = {}
+        for port in graph.program.inputs:
+            if port.role is Role.SIZE:
+                given[port.name] = torch.empty(sizes[port.layer or 0][port.key], device=self._device)
+            elif port.role is Role.SCALAR:
+                given[port.name] = torch.tensor(scalars[port.layer or 0][port.key], device=self._device)
+        outputs = self._run(graph, cache, ids, given)
+        left: dict[Role, dict[int, Tensor]] = {Role.KEPT: {}, Role.COUNT: {}}
+        for port, value in zip(graph.program.outputs, outputs, strict=True):
+            if port.layer is not None and port.role in left:
+                left[port.role][port.layer] = value
+        kept = [left[Role.KEPT].get(layer) for layer in range(prompt.layers)]
+        next_position = press.next_position(prompt) if press else prompt.tokens
+        cache.begin(prompt.tokens, kept, entries, counts=left[Role.COUNT], next_position=next_position)
         self._note_prompt(cache)
         return outputs[0]
 
@@ -176,46 +200,40 @@ class CompiledModel(nn.Module, GenerationMixin):
         first = cache.seen_tokens == 0
         if first:
             cache.allocate(batch, [tokens] * len(self._layout.layers))
-            if self._recipe.press:
-                log.info(
-                    "a prompt of %d tokens is kept whole: %s needs %d",
-                    tokens,
-                    self._recipe.press.name,
-                    self._guard.min_tokens,
-                )
         cache.reserve(tokens)
-        logits = self._run(phase, cache, ids, None)[0]
+        logits = self._run(self._phase(phase), cache, ids, {})[0]
         cache.advance(tokens)
         if first:
             self._note_prompt(cache)
         return logits
 
-    def _run(self, phase: Phase, cache: CompressedCache, ids: Tensor, budget: Tensor | None) -> tuple[Tensor, ...]:
-        graph = self._phase(phase)
+    def _run(
+        self, graph: PhaseGraph, cache: CompressedCache, ids: Tensor, given: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
         inputs = []
         for port in graph.program.inputs:
             match port.role:
                 case Role.INPUT_IDS:
                     inputs.append(ids)
                 case Role.POSITION_IDS:
-                    start = cache.seen_tokens
+                    start = cache.next_position
                     positions = torch.arange(start, start + ids.shape[1], device=self._device)
                     inputs.append(positions.repeat(ids.shape[0], 1))
                 case Role.LENGTHS:
                     inputs.append(cache.lengths)
-                case Role.BUDGET:
-                    assert budget is not None
-                    inputs.append(budget)
                 case Role.KEYS | Role.VALUES:
                     assert port.layer is not None
                     inputs.append(cache.buffers(port.layer)[port.role is Role.VALUES])
+                case _:
+                    inputs.append(given[port.name])
         return graph.run(*inputs)
 
-    def _phase(self, phase: Phase) -> PhaseGraph:
-        if phase not in self._ready:
+    def _phase(self, phase: Phase, press: Press | None = None) -> PhaseGraph:
+        key = (phase, press)
+        if key not in self._ready:
             recipe = self._recipe
-            self._ready[phase] = self._graphs.get(phase, recipe.press, recipe.backend, recipe.mode, recipe.print_ir)
-        return self._ready[phase]
+            self._ready[key] = self._graphs.get(phase, press, recipe.backend, recipe.mode, recipe.print_ir)
+        return self._ready[key]
 
     # -- checking ----------------------------------------------------------------------------------------------
 
@@ -239,6 +257,44 @@ class CompiledModel(nn.Module, GenerationMixin):
             raise InputError(f"input_ids lie on {input_ids.device}, the model was compiled on {self._device}")
         # A copy with the strides of its shape: those of a slice would be compiled for, and everything twice.
         return input_ids.to(torch.int64).clone(memory_format=torch.contiguous_format)
+
+    def _check_mask(self, attention_mask: Tensor, ids: Tensor, cache: CompressedCache) -> None:
+        rows, new = ids.shape
+        if tuple(attention_mask.shape) not in ((rows, new), (rows, cache.get_seq_length() + new)):
+            raise InputError(
+                f"attention_mask must be [batch, tokens], found {tuple(attention_mask.shape)} for input_ids "
+                f"{(rows, new)} behind {cache.get_seq_length()} tokens"
+            )
+        _refuse_padding(attention_mask)
+
+    def _question(self, ids: Tensor, question: int | None, cache: CompressedCache) -> tuple[Tensor, int | None]:
+        """The prompt without the delimiter in front of its question, and how many tokens follow it."""
+        press = self._recipe.press
+        if press is None or not press.needs_question:
+            if question is not None:
+                raise InputError(f"question_tokens={question}: {press.name if press else 'no press'} asks for none")
+            return ids, None
+        delimiter = getattr(press, "delimiter", None)
+        if delimiter is not None and question is None:
+            found = (ids == delimiter).nonzero().tolist()
+            columns = {column for _, column in found}
+            if len(found) == ids.shape[0] and len(columns) == 1:
+                (column,) = columns
+                cache.note_removed(1)
+                ids = torch.cat([ids[:, :column], ids[:, column + 1 :]], dim=1)
+                question = ids.shape[1] - column
+            elif found:
+                raise InputError(
+                    f"the delimiter {delimiter} stands at (row, column) {found}, expected once in each row, in one "
+                    "column; give one context and one question"
+                )
+        if question is None or not 0 < question < ids.shape[1]:
+            raise InputError(
+                f"{press.name} must know where the question begins, found {question} question tokens in "
+                f"{ids.shape[1]}: put the delimiter of compile(..., delimiter=id) between context and question, or "
+                "say question_tokens=n, the number of tokens at the end that ask"
+            )
+        return ids, question
 
     def _checked_cache(self, cache: CompressedCache | None, ids: Tensor) -> CompressedCache:
         if cache is None:
@@ -270,7 +326,17 @@ class CompiledModel(nn.Module, GenerationMixin):
 
     def graph(self, phase: Phase | str = Phase.PREFILL) -> KVProgram:
         """The program of one phase, as it runs."""
-        return self._phase(_as_phase(phase)).program
+        wanted = _as_phase(phase)
+        return self._phase(wanted, self._example_press() if wanted is Phase.PREFILL else None).program
+
+    def _example_press(self) -> Press | None:
+        """The press that handles prompts of a length that suits it; for others it may be another one."""
+        press = self._recipe.press
+        if press is None:
+            return None
+        tokens = press.example_tokens
+        layers = len(self._layout.layers)
+        return press.for_prompt(Prompt(tokens, Budget(ratio=0.5), 0, layers, question=min(7, tokens - 1)))
 
     def print_graph(self, phase: Phase | str = Phase.PREFILL) -> str:
         """Canonical text of the graph of one phase; equal in every process."""
@@ -279,9 +345,9 @@ class CompiledModel(nn.Module, GenerationMixin):
     def graph_diff(self, layer: int | None = 0, phase: Phase | str = Phase.PREFILL, *, only: str | None = None) -> str:
         """What the passes changed in one layer (`None`: outside all layers), as lines with + and -.
 
-        `only` names one pass, e.g. "splice-score"; otherwise all of them behind the cut into phases.
+        `only` names one pass, e.g. "splice-press"; otherwise all of them behind the cut into phases.
         """
-        steps = phase_passes(_as_phase(phase), self._recipe.press)
+        steps = phase_passes(_as_phase(phase), self._example_press())
         names = [step.name for step in steps]
         if only is not None and only not in names:
             raise ValueError(f"there is no pass {only!r} in {phase}; its passes are {', '.join(names)}")
@@ -294,7 +360,7 @@ class CompiledModel(nn.Module, GenerationMixin):
     def report(self) -> Report:
         """The passes with matches, nodes and time, and what is kept per layer of the last prompt."""
         passes = {"capture": self._capture_records}
-        passes |= {phase.value: list(graph.records) for phase, graph in self._ready.items()}
+        passes |= {phase.value: list(graph.records) for (phase, _), graph in self._ready.items()}
         seen, kept, size = self._last_prompt
         press = repr(self._recipe.press) if self._recipe.press else "none"
         return Report(passes, press, str(self._recipe.budget), seen, kept, size)
@@ -330,6 +396,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         next_sequence_length: int | None = None,
         only_new_tokens: bool = False,
         use_cache: bool | None = None,
+        question_tokens: int | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Cut off what the cache has seen. The padding mask is checked where tokens enter, not at every step."""
@@ -348,6 +415,8 @@ class CompiledModel(nn.Module, GenerationMixin):
         if attention_mask is not None and new > 1:
             _refuse_padding(attention_mask)
         kept = {name: value for name, value in options.items() if name not in ("labels", *HARMLESS)}
+        if seen == 0:
+            kept["question_tokens"] = question_tokens
         return {"input_ids": input_ids[:, -new:], "past_key_values": past_key_values, "use_cache": use_cache, **kept}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompiledModel":

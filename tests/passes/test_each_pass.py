@@ -39,7 +39,7 @@ def logits(program: KVProgram, tokens: int) -> Tensor:
                 inputs.append(torch.arange(tokens).repeat(3, 1))
             case Role.LENGTHS:
                 inputs.append(torch.zeros(shape, dtype=torch.int64))
-            case Role.BUDGET:
+            case Role.SIZE:
                 inputs.append(torch.empty(5))
             case _:
                 inputs.append(torch.zeros(3, shape[1], tokens + 9, shape[3]))

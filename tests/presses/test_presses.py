@@ -11,9 +11,10 @@ from models import captured_model
 from torch import Tensor
 
 from kvpass.errors import PressError
-from kvpass.passes.splice_evict import gather, select
-from kvpass.press import Press, PressInputs
+from kvpass.press import Press
+from kvpass.press_inputs import PressInputs
 from kvpass.presses import TOVA, ExpectedAttention, Knorm, Random, SnapKV, StreamingLLM
+from kvpass.selection import best, compact, gather
 from kvpass.testing import check_press, random_inputs
 
 PRESSES: list[Press] = [
@@ -54,7 +55,7 @@ def test_snapkv_is_the_pooled_attention_of_the_window() -> None:
     pooled = F.avg_pool1d(weights, 5, padding=2, stride=1).unflatten(1, (2, 2)).mean(2)
     scores = SnapKV(window_size=8).score(x)
     torch.testing.assert_close(scores[..., :-8], pooled)
-    assert torch.equal(scores[..., -8:], (pooled.amax() + 1).expand(2, 2, 8))
+    assert torch.equal(scores[..., -8:], (pooled.amax(dim=(1, 2), keepdim=True) + 1).expand(2, 2, 8))
 
 
 def test_tova_is_the_attention_of_the_last_token_over_all_heads() -> None:
@@ -84,17 +85,20 @@ def test_expected_attention_is_the_gaussian_expectation() -> None:
     wanted = expected.unflatten(1, (2, 2)).mean(2) * x.values[:, :, 4:].norm(dim=-1)
     scores = press.score(x)
     torch.testing.assert_close(scores[..., 4:], wanted, atol=1e-6, rtol=1e-4)
-    assert bool((scores[..., :4] == scores[..., 4:].amax() + 1).all())
+    assert bool((scores[..., :4] == scores[..., 4:].amax(dim=(1, 2), keepdim=True) + 1).all())
 
 
 @pytest.mark.parametrize("budget", [6, 20, 39])
 def test_streaming_llm_keeps_sinks_and_the_last(budget: int) -> None:
-    kept = select(StreamingLLM().score(random_inputs(40, budget)), torch.empty(budget))
+    kept = compact(best(StreamingLLM().score(random_inputs(40, budget)), budget), budget)
     assert kept[0, 0].tolist() == [*range(4), *range(40 - budget + 4, 40)]
 
 
-def test_random_scores_are_uniform_and_differ_between_layers_heads_rows_and_seeds() -> None:
-    scores = Random().score(random_inputs(4000, 10)) / 2**24
+def test_random_scores_are_uniform_and_differ_between_layers_heads_and_seeds() -> None:
+    """Rows are alike: what a text keeps does not depend on its neighbours in the batch."""
+    rows = Random().score(random_inputs(4000, 10)) / 2**24
+    assert torch.equal(rows[0], rows[1])
+    scores = rows[:1]
     assert abs(scores.mean().item() - 0.5) < 0.01
     assert abs(scores.var().item() - 1 / 12) < 0.005
     streams = [*scores.flatten(0, 1), Random().score(random_inputs(4000, 10, layer=1))[0, 0] / 2**24]
@@ -109,9 +113,9 @@ def test_random_scores_are_uniform_and_differ_between_layers_heads_rows_and_seed
 def test_selection_is_a_stable_top_n_in_position_order(values: list[int], data: st.DataObject) -> None:
     """The N best, among equals the first, ascending: as a stable sort would have it."""
     count = data.draw(st.integers(1, len(values)))
-    kept = select(torch.tensor([[[float(v) for v in values]]]), torch.empty(count))[0, 0].tolist()
-    best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
-    assert kept == sorted(best)
+    kept = compact(best(torch.tensor([[[float(v) for v in values]]]), count), count)[0, 0].tolist()
+    expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    assert kept == sorted(expected)
 
 
 def test_gather_takes_the_kept_rows() -> None:

@@ -1,0 +1,22 @@
+"""A loop inside a graph whose length is a size of the prompt."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop as traced_while_loop
+from torch._subclasses.fake_tensor import FakeTensor
+
+Carried = tuple[Tensor, ...]
+
+
+def while_loop(unfinished: Callable[..., Tensor], step: Callable[..., Carried], carried: Carried) -> Carried:
+    """Replace `carried` by `step(*carried)` as long as `unfinished(*carried)`, a bool[]; shapes stay what they are.
+
+    Traced into one node with the body as a graph of its own; on real tensors it simply runs.
+    """
+    if any(isinstance(tensor, FakeTensor) for tensor in carried):
+        traced: Carried = traced_while_loop(unfinished, step, carried)
+        return traced
+    while bool(unfinished(*carried)):
+        carried = step(*carried)
+    return carried

@@ -1,0 +1,167 @@
+"""Write the press behind the KV projection of every pressed layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvpass.budget import Budget, Prompt
+from kvpass.errors import PressError
+from kvpass.ir.attention_site import AttentionSite, attention_sites
+from kvpass.ir.builder import GraphBuilder
+from kvpass.ir.form import Form
+from kvpass.ir.program import KVProgram, Port, Role
+from kvpass.ir.taps import LayerTaps, Taps
+from kvpass.pass_manager import Pass
+from kvpass.press import ModelFacts, Press
+from kvpass.press_inputs import PressInputs
+
+LETTERS = {"budget": "N"}  # how sizes are called in the text of a graph; others by their own name
+
+
+@dataclass(frozen=True)
+class SplicePress(Pass):
+    """Trace the press on the taps it reads and inline it; sliding-window layers are left alone.
+
+    added:   scores_0: f32[B, 2, S] = neg(linalg_vector_norm(add_2, 2, [-1], False, dtype=f32))      # knorm
+             kept_0: i64[B, 2, N] = ...                                  # the best of them, ascending
+             keys_kept_0: f32[B, 2, N, 16] = gather(add_2, 2, kept_0)
+    """
+
+    name: ClassVar[str] = "splice-press"
+    requires: ClassVar[Form] = Form.CACHED
+    produces: ClassVar[Form] = Form.PRESSED
+
+    press: Press
+
+    def run(self, program: KVProgram) -> int:
+        if any("press" in node.meta for node in program.graph.nodes):
+            return 0
+        builder = GraphBuilder(program, self.name)
+        everywhere = attention_sites(program)
+        sites = [site for site in everywhere if site.pressable]
+        if not sites:
+            raise PressError(
+                f"{self.press.name}: every layer of this model has a sliding window and keeps that alone, nothing is "
+                "left to press; use press=None, or set sliding_window=None in the config if your texts fit into it"
+            )
+        taps = Taps(program)
+        facts = _facts(program, sites[0], taps)
+        assets = self.press.assets(facts)
+        for name, tensor in assets.items():
+            if tensor.shape[0] != facts.layers:
+                raise PressError(f"{self.press.name}: {name!r} has {tensor.shape[0]} layers, the model {facts.layers}")
+        for site in sites:
+            found = taps.of_layer(site)
+            for name, tensor in assets.items():
+                found.nodes[f"asset.{name}"] = builder.attribute(f"press_{name}_{site.layer}", tensor[site.layer], site)
+            self._splice(program, builder, site, found)
+        for site in everywhere:
+            if not site.pressable and self.press.rerotates:
+                self._splice(program, builder, site, taps.of_layer(site))
+        return len(sites)
+
+    def _splice(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, found: LayerTaps) -> None:
+        sizes = self._ports(program, builder, site, Role.SIZE)
+        scalars = self._ports(program, builder, site, Role.SCALAR)
+        groups = (sizes, scalars, found.nodes, found.constants)
+        nodes = [node for group in groups for node in group.values()]
+        reads: frozenset[str] = frozenset()
+
+        def compress(*tensors: Tensor) -> dict[str, Tensor]:
+            nonlocal reads
+            rest = iter(tensors)
+            lengths, fractions, taps, constants = ({name: next(rest) for name in group} for group in groups)
+            ropes = found.ropes(program, constants)
+            x = PressInputs(
+                {**taps, **found.missing},
+                rope=ropes["rope"],
+                key_rope=ropes["key_rope"],
+                sizes={name: tensor.shape[0] for name, tensor in lengths.items()},
+                scalars=fractions,
+                scale=site.scale,
+                layer=site.layer,
+                layers=program.layer_count,
+            )
+            left = self.press.compress(x) if site.pressable else self.press.accompany(x)
+            assert left is not None
+            reads = x.reads
+            named = {
+                "scores": left.scores,
+                "kept": left.kept,
+                "count": left.count,
+                "keys_kept": left.keys,
+                "values_kept": left.values,
+            }
+            return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+        results = builder.inline_named(
+            compress,
+            nodes,
+            layer=site.layer,
+            like=site.node,
+            key=(site.pressable, tuple(map(tuple, groups[:3])), site.scale, found.fingerprint()),
+            reuse=lambda: "layer" not in reads,
+        )
+        self._check(program, site, results)
+        site.node.meta["press"] = {role: node.name for role, node in results.items()}
+
+    def _ports(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, role: Role) -> dict[str, Node]:
+        """The inputs that carry what the host counts, one for all layers or one for each; made when first needed."""
+        hint = int(program.input_node(Role.INPUT_IDS).meta["val"].shape[1].node.hint)
+        prompt = Prompt(hint, Budget(0.5), site.layer, program.layer_count, question=min(7, hint - 1))
+        counts: Mapping[str, float] = (self.press.sizes if role is Role.SIZE else self.press.scalars)(prompt)
+        suffix = f"_{site.layer}" if self.press.per_layer else ""
+        layer = site.layer if self.press.per_layer else None
+        device = program.input_node(Role.INPUT_IDS).meta["val"].device
+        found = {}
+        for name, count in counts.items():
+            known = [port for port in program.inputs if port.name == name + suffix]
+            if not known:
+                shape: tuple[object, ...] = ()
+                if role is Role.SIZE:
+                    low = self.press.smallest().get(name, 2)
+                    letter = LETTERS.get(name, name) + suffix
+                    shape = (program.shapes.dim(letter, hint=max(int(count), low), low=low),)
+                value = program.shapes.empty(shape, torch.float32, device)  # type: ignore[arg-type]
+                found[name] = builder.placeholder(Port(name + suffix, role, layer, key=name), value)
+            else:
+                found[name] = next(node for node in program.placeholders() if node.target == name + suffix)
+        return found
+
+    def _check(self, program: KVProgram, site: AttentionSite, results: Mapping[str, Node]) -> None:
+        """A press must return what the cache can hold."""
+        batch, heads, tokens, _ = (program.shapes.text(n) for n in site.shape(site.keys))
+        if "scores" in results:
+            self._expect(program, site, "score()", results["scores"], [batch, heads, tokens], "[B, Hkv, S]")
+        slots = tokens
+        if "kept" in results:
+            slots = program.shapes.text(results["kept"].meta["val"].shape[2])
+            self._expect(program, site, "kept", results["kept"], [batch, heads, slots], "[B, Hkv, N]")
+        for role, tap in (("keys_kept", site.keys), ("values_kept", site.values)):
+            width = program.shapes.text(site.shape(tap)[3])
+            self._expect(program, site, role, results[role], [batch, heads, slots, width], "[B, Hkv, N, D]")
+
+    def _expect(
+        self, program: KVProgram, site: AttentionSite, what: str, node: Node, wanted: list[str], legend: str
+    ) -> None:
+        found = [program.shapes.text(n) for n in node.meta["val"].shape]
+        if found != wanted:
+            raise PressError(
+                f"{self.press.name}: layer {site.layer}: {what} returned {found}, expected {legend} = {wanted}"
+            )
+
+
+def _facts(program: KVProgram, site: AttentionSite, taps: Taps) -> ModelFacts:
+    hidden = taps.of_layer(site).nodes.get("hidden_states")
+    return ModelFacts(
+        name=program.model_name,
+        layers=program.layer_count,
+        heads=int(site.shape(site.queries)[1]),
+        kv_heads=int(site.shape(site.keys)[1]),
+        key_size=int(site.shape(site.keys)[3]),
+        hidden_size=int(hidden.meta["val"].shape[-1]) if hidden is not None else None,
+    )
