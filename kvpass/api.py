@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from kvpass.budget import Budget
 from kvpass.capture import capture, max_tokens_of
-from kvpass.errors import PressError, UnsupportedModelError
+from kvpass.errors import InputError, PressError, UnsupportedModelError
 from kvpass.ir.attention_site import attention_sites
 from kvpass.ir.program import KVProgram
 from kvpass.pass_manager import PassManager, PassRecord
@@ -39,9 +39,11 @@ class CapturedModel:
     records: tuple[PassRecord, ...]
 
 
-def capture_model(model: nn.Module, *, print_ir: PrintIR = None) -> CapturedModel:
+def capture_model(model: nn.Module, *, max_tokens: int | None = None, print_ir: PrintIR = None) -> CapturedModel:
     """Export `model` and locate its attentions: the slow part of `compile`, for when several presses are tried.
 
+    max_tokens: the longest text that will be read, by default what the model's config says. RoPE of type "dynamic" or
+    "longrope", which has other frequencies for long texts, gets those for texts of this length, whatever their length.
     Raises `UnsupportedModelError` if the model cannot be captured or an attention not be located.
     """
     if not isinstance(model, nn.Module):
@@ -51,7 +53,7 @@ def capture_model(model: nn.Module, *, print_ir: PrintIR = None) -> CapturedMode
         )
     config = _config_of(model)
     manager = PassManager(capture_passes(_layers_of(config)), print_ir=print_ir)
-    program = manager.run(capture(model))
+    program = manager.run(capture(model, max_tokens=max_tokens))
     program.model_name = str(config.name_or_path or "")
     generation_config = _generation_config_of(model)
     return CapturedModel(
@@ -59,7 +61,7 @@ def capture_model(model: nn.Module, *, print_ir: PrintIR = None) -> CapturedMode
         config,
         generation_config,
         _fingerprint(model),
-        max_tokens_of(model),
+        max_tokens or max_tokens_of(model),
         tuple(manager.records),
     )
 
@@ -74,6 +76,7 @@ def compile(
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     capacity: int | None = None,
+    max_tokens: int | None = None,
     print_ir: PrintIR = None,
 ) -> CompiledModel:
     """Capture `model` and fuse KV-cache compression into its graph; the model itself stays as it is.
@@ -89,6 +92,7 @@ def compile(
     backend, mode: as for `torch.compile`; backend="eager" runs the graph as it is. Compilation happens at the first
         call of each phase (prefill, extend, decode).
     capacity: slots per layer that are allocated at once and never exceeded; None lets the cache grow.
+    max_tokens: the longest text that will be read, see `capture_model`.
     print_ir: as `KVPASS_PRINT_IR`, or a function of pass name and graph text.
 
     Raises `PressError` for an unknown press or bad options, `MissingTapError` if the press reads a tensor that the
@@ -110,7 +114,11 @@ def compile(
     budget = Budget(ratio, target_size)
     if chosen is not None and chosen.needs_budget and budget.keeps_all:
         chosen = None
-    captured = model if isinstance(model, CapturedModel) else capture_model(model, print_ir=print_ir)
+    captured = model
+    if not isinstance(captured, CapturedModel):
+        captured = capture_model(captured, max_tokens=max_tokens, print_ir=print_ir)
+    elif max_tokens not in (None, captured.max_tokens):
+        raise InputError(f"max_tokens={max_tokens}: the model was captured for {captured.max_tokens}; capture it anew")
     compiled = CompiledModel(
         captured.graphs,
         CacheLayout(_layers(captured.graphs.located, chosen), captured.model_id, capacity),

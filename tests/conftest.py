@@ -2,12 +2,13 @@
 
 import os
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
 import pytest
 import torch
 from models import captured_model, compiled_model, eager_model, token_ids  # noqa: F401
 from tiny_models import ARCHITECTURES
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine it waits long
 
 

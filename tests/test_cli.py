@@ -1,5 +1,6 @@
 """The command line, through typer's runner; the demo runs on two layers of the real model: seconds."""
 
+import dataclasses
 import importlib.metadata
 import re
 from collections.abc import Callable
@@ -42,24 +43,60 @@ def test_version(invoke: Callable[..., Any]) -> None:
 def test_presses_lists_every_press(invoke: Callable[..., Any]) -> None:
     result = invoke("presses")
     assert result.exit_code == 0
-    for name in registered_presses():
-        assert f" {name} " in result.stdout
-    assert "Keeps what future queries are expected to attend to." in result.stdout
-    assert "section 3 of the paper" not in result.stdout, "only the first sentence belongs here"
+    blocks = {block.split("\n")[0]: block.splitlines()[1:] for block in result.stdout.strip().split("\n\n")}
+    assert list(blocks) == list(registered_presses())
+    assert blocks["expected_attention"] == [
+        "  Keeps what future queries are expected to attend to.",
+        "  paper    https://arxiv.org/abs/2510.00636",
+        "  needs    keys, values, queries_pre_rope, rope",
+        "  changes  drops pairs",
+        "  phase    prefill",
+    ]
+    assert "  needs    those of the inner press, queries, output_weight" in blocks["criticalkv"]
+    assert "  needs    keys, values, asset q_filters" in blocks["qfilter"]
+    assert "  changes  drops pairs, layers differ in length" in blocks["per_layer"]
 
 
-def test_presses_shows_fields_and_defaults_of_one(invoke: Callable[..., Any]) -> None:
-    result = invoke("presses", "expected_attention")
-    assert result.exit_code == 0
-    assert re.search(r"n_future_positions\W+int\W+512", result.stdout)
-    assert "has no options" in invoke("presses", "knorm").stdout
+def test_presses_fit_a_terminal_and_keep_words_whole(
+    invoke: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = invoke("presses").stdout.split()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, invoke("presses").stdout.splitlines())) <= 80
+    for columns in ("80", "20"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert invoke("presses").stdout.split() == wide
+
+
+@pytest.mark.parametrize("name", registered_presses())
+def test_presses_shows_options_of_one(invoke: Callable[..., Any], name: str) -> None:
+    """All of them with types and defaults, and the same facts as in the list."""
+    result = invoke("presses", name)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{name}: kvpass.presses.")
+    fields = dataclasses.fields(registered_presses()[name])
+    for field in fields:
+        default = "required" if field.default is dataclasses.MISSING else re.escape(repr(field.default))
+        assert re.search(rf"^  {field.name}  +\w.*  {default}$", result.stdout, re.M)
+    assert ("has no options" in result.stdout) == (not fields)
+    (block,) = (block for block in invoke("presses").stdout.split("\n\n") if block.split("\n")[0] == name)
+    assert "\n".join(block.splitlines()[-3:]) in result.stdout
+
+
+def test_presses_shows_values_of_a_text(invoke: Callable[..., Any]) -> None:
+    """What a wrapper needs is then what the press inside needs, too."""
+    result = invoke("presses", "chunkkv(qfilter, chunk_length=16)")
+    assert result.exit_code == 0, result.output
+    assert "  needs    keys, values, asset q_filters\n" in result.stdout
+    assert re.search(r"^  press +Press +QFilter\(filters=None\)$", result.stdout, re.M)
+    assert re.search(r"^  chunk_length +int +16 \(default: 20\)$", result.stdout, re.M)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("presses", "snapkw"), "Error: there is no press 'snapkw'; did you mean 'snapkv'?"),
-        (("demo", "--press", "snapkw"), "Error: there is no press 'snapkw'; did you mean 'snapkv'?"),
+        (("presses", "snapkw"), "Error: there is no press 'snapkw'; did you mean 'snapkv'"),
+        (("demo", "--press", "snapkw"), "Error: there is no press 'snapkw'; did you mean 'snapkv'"),
         (("demo", "--ratio", "1.5"), "Error: ratio is 1.5, expected 0 <= ratio < 1"),
     ],
 )

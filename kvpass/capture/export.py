@@ -61,8 +61,7 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         raise UnsupportedModelError(
-            f"the model writes its own state in forward ({', '.join(mutated)}); a compiled graph would lose it. "
-            "For RoPE scaling of type 'longrope' or 'dynamic', set a fixed type in the model's config"
+            f"the model writes its own state in forward ({', '.join(mutated)}); a compiled graph would lose it"
         )
     attributes = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     attributes |= signature.inputs_to_lifted_tensor_constants

@@ -95,10 +95,10 @@ def _plain_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]
     return found
 
 
-def export_transformers(model: PreTrainedModel) -> ExportedProgram:
+def export_transformers(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
     """Export through the registry. The model must be in eval mode."""
     with attending_with_kvpass(model):
-        return export_model(model, {"use_cache": False}, max_tokens_of(model))
+        return export_model(model, {"use_cache": False}, max_tokens)
 
 
 def max_tokens_of(model: nn.Module) -> int:

@@ -363,7 +363,8 @@ class CompiledModel(nn.Module, GenerationMixin):
         passes |= {phase.value: list(graph.records) for (phase, _), graph in self._ready.items()}
         seen, kept, size = self._last_prompt
         press = repr(self._recipe.press) if self._recipe.press else "none"
-        return Report(passes, press, str(self._recipe.budget), seen, kept, size)
+        notes = self._graphs.located.notes
+        return Report(passes, press, str(self._recipe.budget), seen, kept, size, notes)
 
     def _note_prompt(self, cache: CompressedCache) -> None:
         kept = [cache.kept(layer) for layer in range(len(cache))]

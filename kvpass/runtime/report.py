@@ -16,9 +16,10 @@ class Report:
     seen_tokens: int  # of the last prompt; 0 before the first
     kept: Sequence[int]  # entries per KV head, by layer
     cache_bytes: int
+    notes: Sequence[str] = ()  # what was decided at capture and changes results
 
     def __str__(self) -> str:
-        lines = [f"press {self.press}, {self.budget}"]
+        lines = [f"press {self.press}, {self.budget}", *self.notes]
         for phase, records in self.passes.items():
             lines += [f"{phase}:", *(f"  {record}" for record in records)]
         if self.seen_tokens:

@@ -143,3 +143,51 @@ def test_saved_and_copied_caches_go_on_alike(name: str, tmp_path: object) -> Non
     other.batch_select_indices(torch.tensor([2, 0]))
     found = model(input_ids=question[[2, 0]], past_key_values=other).logits
     torch.testing.assert_close(found, expected[[2, 0]], atol=1e-5, rtol=1e-5)
+
+
+PROTECTED = {  # tokens at the start and at the end that are kept before all others, with the catalogue's options
+    "cap": (4, 0),
+    "chunk": (0, 4),
+    "composed": (0, 4),
+    "compactor": (8, 4),
+    "cur": (4, 0),
+    "expected_attention": (4, 0),
+    "expected_attention_stats": (4, 0),
+    "finch": (0, 8),
+    "key_rerotation": (4, 1),
+    "lagkv": (4, 8),
+    "pyramidkv": (0, 4),
+    "simlayerkv": (4, 11),
+    "snapkv": (0, 4),
+    "streaming_llm": (4, 1),
+    "tova": (0, 1),
+}
+
+
+@pytest.mark.parametrize("name", PROTECTED)
+@settings(deadline=None, max_examples=8)
+@given(tokens=st.integers(60, 140), ratio=st.sampled_from([0.1, 0.5, 0.7]), seed=st.integers(0, 99))
+def test_sinks_and_windows_are_kept(name: str, tokens: int, ratio: float, seed: int) -> None:
+    left, _, _ = compressed(press_by_name(name, 4), tokens, Budget(ratio=ratio), seed=seed)
+    first, last = PROTECTED[name]
+    assert left.kept is not None
+    wanted = [*range(first), *range(tokens - last, tokens)]
+    for row in range(2):
+        count = left.kept.shape[2] if left.count is None else int(left.count[row])
+        for head in left.kept[row, :, :count].tolist():
+            assert set(wanted) <= set(head)
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("simlayerkv", 1), ("chunkkv", 1), ("snapkv", 0), ("pyramidkv", 0)])
+def test_a_prefill_asks_the_device_once_at_most(name: str, allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the text decides how much is kept, one question for all layers together; otherwise none."""
+    captured = captured_model("gemma3_text")
+    press = press_by_name(name, captured.graphs.located.layer_count)
+    model = kvpass.compile(captured, press, 0.5 if press.needs_budget else None, backend="eager")
+    model.prefill(token_ids(2, 90))
+    asked = []
+    for method in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero"):
+        plain = getattr(torch.Tensor, method)
+        monkeypatch.setattr(torch.Tensor, method, lambda self, plain=plain, m=method: (asked.append(m), plain(self))[1])
+    model.prefill(token_ids(2, 83))
+    assert len(asked) == allowed, asked

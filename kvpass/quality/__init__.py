@@ -1,0 +1,1 @@
+"""How much each press changes what a real model says next: `kvpass quality`."""
