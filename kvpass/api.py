@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from kvpass.budget import Budget
-from kvpass.capture import capture, max_tokens_of
+from kvpass.capture import capture
 from kvpass.errors import InputError, PressError, UnsupportedModelError
 from kvpass.ir.attention_site import attention_sites
 from kvpass.ir.program import KVProgram
@@ -61,7 +61,7 @@ def capture_model(model: nn.Module, *, max_tokens: int | None = None, print_ir: 
         config,
         generation_config,
         _fingerprint(model),
-        max_tokens or max_tokens_of(model),
+        program.max_tokens,
         tuple(manager.records),
     )
 
@@ -73,6 +73,7 @@ def compile(
     *,
     target_size: int | None = None,
     delimiter: int | None = None,
+    layers: Iterable[int] | Callable[[int], bool] | None = None,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     capacity: int | None = None,
@@ -89,6 +90,8 @@ def compile(
     target_size: instead of a ratio, the number of pairs that each KV head keeps; shorter prompts stay whole.
     delimiter: the token id between context and question, for a press that compresses for a question (finch). It is
         taken out of the prompt, so it may be any id that occurs nowhere else.
+    layers: which layers to press, by index or as a predicate; all by default. The others keep everything, those with a
+        sliding window always do.
     backend, mode: as for `torch.compile`; backend="eager" runs the graph as it is. Compilation happens at the first
         call of each phase (prefill, extend, decode).
     capacity: slots per layer that are allocated at once and never exceeded; None lets the cache grow.
@@ -119,10 +122,11 @@ def compile(
         captured = capture_model(captured, max_tokens=max_tokens, print_ir=print_ir)
     elif max_tokens not in (None, captured.max_tokens):
         raise InputError(f"max_tokens={max_tokens}: the model was captured for {captured.max_tokens}; capture it anew")
+    selected = _selected(captured.graphs.located, layers)
     compiled = CompiledModel(
         captured.graphs,
-        CacheLayout(_layers(captured.graphs.located, chosen), captured.model_id, capacity),
-        Recipe(chosen, budget, backend, mode, captured.max_tokens, print_ir),
+        CacheLayout(_layers(captured.graphs.located, chosen, selected), captured.model_id, capacity),
+        Recipe(chosen, budget, backend, mode, captured.max_tokens, selected, print_ir),
         copy.deepcopy(captured.config),
         copy.deepcopy(captured.generation_config),
         captured.records,
@@ -138,7 +142,21 @@ def _with_delimiter(press: Press | None, delimiter: int) -> Press:
     return replace(press, delimiter=delimiter)  # type: ignore[call-arg]
 
 
-def _layers(located: KVProgram, press: Press | None) -> tuple[LayerLayout, ...]:
+def _selected(located: KVProgram, layers: Iterable[int] | Callable[[int], bool] | None) -> frozenset[int] | None:
+    if layers is None:
+        return None
+    windows = {site.layer: site.window for site in attention_sites(located)}
+    chosen = {layer for layer in windows if layers(layer)} if callable(layers) else set(layers)
+    if unknown := sorted(chosen - set(windows)):
+        raise PressError(f"layers={unknown}: the model has layers 0 to {len(windows) - 1}")
+    if windowed := sorted(layer for layer in chosen if windows[layer] is not None and not callable(layers)):
+        raise PressError(f"layers={windowed} have a sliding window and keep that; press the others")
+    if not any(windows[layer] is None for layer in chosen):
+        raise PressError(f"layers={sorted(chosen)}: no layer is left to press; use press=None")
+    return frozenset(chosen)
+
+
+def _layers(located: KVProgram, press: Press | None, selected: frozenset[int] | None) -> tuple[LayerLayout, ...]:
     layers = []
     for site in attention_sites(located):
         keys, values = site.keys.meta["val"], site.values.meta["val"]
@@ -148,7 +166,7 @@ def _layers(located: KVProgram, press: Press | None) -> tuple[LayerLayout, ...]:
                 key_size=int(keys.shape[3]),
                 value_size=int(values.shape[3]),
                 dtype=str(keys.dtype).removeprefix("torch."),
-                pressed=press is not None and site.pressable,
+                pressed=press is not None and site.pressable and (selected is None or site.layer in selected),
             )
         )
     return tuple(layers)

@@ -3,10 +3,12 @@
 from kvpass.ir.form import Phase
 from kvpass.pass_manager import Pass
 from kvpass.passes.drop_noops import DropNoops
+from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.insert_kv_cache import InsertKVCache
 from kvpass.passes.keep_last_logits import KeepLastLogits
 from kvpass.passes.locate_attention import LocateAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
+from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
 from kvpass.passes.splice_evict import SpliceEvict
 from kvpass.passes.splice_press import SplicePress
@@ -18,13 +20,15 @@ def capture_passes(expected_layers: int = 0) -> tuple[Pass, ...]:
     """Once for a model."""
     return (
         DropNoops(),
+        FindPositions(),
         NormalizeAttention(),
         LocateAttention(expected_layers),
+        ProveTokenLocal(),
     )
 
 
-def phase_passes(phase: Phase, press: Press | None) -> tuple[Pass, ...]:
-    """Once for each phase of a compiled model."""
+def phase_passes(phase: Phase, press: Press | None, layers: frozenset[int] | None = None) -> tuple[Pass, ...]:
+    """Once for each phase of a compiled model; `layers` are those to press, None: all that can be."""
     if phase is not Phase.PREFILL:
         press = None
     return (
@@ -34,7 +38,7 @@ def phase_passes(phase: Phase, press: Press | None) -> tuple[Pass, ...]:
         # the cache
         InsertKVCache(),
         # the press
-        *((SplicePress(press), SpliceEvict()) if press else ()),
+        *((SplicePress(press, layers), SpliceEvict()) if press else ()),
         # lower
         WriteCacheInPlace(),
     )

@@ -59,7 +59,9 @@ class InsertKVCache(Pass):
     def _placeholders(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite) -> tuple[Node, Node]:
         # Layers may differ in what they hold, so each has a capacity of its own.
         letter, hint = ("C", CAPACITY_HINT) if site.pressable else ("W", WINDOW_HINT)
-        capacity = program.shapes.dim(f"{letter}_{site.layer}", hint=hint)
+        tokens = program.input_node(Role.INPUT_IDS).meta["val"].shape[1]
+        longest = tokens if isinstance(tokens, int) else int(tokens.node.hint)
+        capacity = program.shapes.dim(f"{letter}_{site.layer}", hint=hint + 2 * longest)  # more than any prompt
         nodes = []
         for role, tap in ((Role.KEYS, site.keys), (Role.VALUES, site.values)):
             like = tap.meta["val"]

@@ -85,12 +85,20 @@ def _evaluations(program: KVProgram, mask: Node, where: str) -> Iterator[Tensor]
     if ids in compute.leaves():
         raise UnsupportedModelError(f"{where}: its mask {mask.name} depends on the tokens")
     constants = {a for n in compute.body for a in n.args if isinstance(a, int) and LENGTHS[0] <= a <= 2**15}
-    for length in (*LENGTHS, *(constant + 13 for constant in sorted(constants))):
+    rows = [_rows(n) for n in compute.body if n.target is torch.ops.aten.index_select.default]
+    longest = min(rows, default=2**20)  # of the tables that the mask is looked up in
+    for length in {min(n, longest) for n in (*LENGTHS, *(constant + 13 for constant in constants))}:
         given = {n: program.attribute(n) for n in compute.leaves() if n.op == "get_attr"}
         given[positions] = torch.arange(length, device=positions.meta["val"].device)[None]
         (value,) = compute.run(given, program.shapes.bind(B=1, S=length))
         allowed = value if value.dtype == torch.bool else value > -1.0
         yield allowed.expand(1, allowed.shape[1] if allowed.dim() == 4 else 1, length, length)[0]
+
+
+def _rows(lookup: Node) -> int:
+    table, axis = lookup.args[:2]
+    assert isinstance(table, Node) and isinstance(axis, int)
+    return int(table.meta["val"].shape[axis])
 
 
 def _classify(allowed: Tensor) -> int | str:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -12,14 +11,13 @@ from kvpass.budget import Budget, Prompt
 from kvpass.errors import PressError
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 from kvpass.ir.builder import GraphBuilder
+from kvpass.ir.counted_inputs import counted_inputs
 from kvpass.ir.form import Form
-from kvpass.ir.program import KVProgram, Port, Role
+from kvpass.ir.program import KVProgram, Role
 from kvpass.ir.taps import LayerTaps, Taps
 from kvpass.pass_manager import Pass
 from kvpass.press import ModelFacts, Press
 from kvpass.press_inputs import PressInputs
-
-LETTERS = {"budget": "N"}  # how sizes are called in the text of a graph; others by their own name
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,14 @@ class SplicePress(Pass):
     produces: ClassVar[Form] = Form.PRESSED
 
     press: Press
+    layers: frozenset[int] | None = None  # those to press, None: all that have no window
 
     def run(self, program: KVProgram) -> int:
         if any("press" in node.meta for node in program.graph.nodes):
             return 0
         builder = GraphBuilder(program, self.name)
         everywhere = attention_sites(program)
-        sites = [site for site in everywhere if site.pressable]
+        sites = [site for site in everywhere if self._pressed(site)]
         if not sites:
             raise PressError(
                 f"{self.press.name}: every layer of this model has a sliding window and keeps that alone, nothing is "
@@ -60,13 +59,19 @@ class SplicePress(Pass):
                 found.nodes[f"asset.{name}"] = builder.attribute(f"press_{name}_{site.layer}", tensor[site.layer], site)
             self._splice(program, builder, site, found)
         for site in everywhere:
-            if not site.pressable and self.press.rerotates:
+            if not self._pressed(site) and self.press.rerotates:
                 self._splice(program, builder, site, taps.of_layer(site))
         return len(sites)
 
+    def _pressed(self, site: AttentionSite) -> bool:
+        return site.pressable and (self.layers is None or site.layer in self.layers)
+
     def _splice(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, found: LayerTaps) -> None:
-        sizes = self._ports(program, builder, site, Role.SIZE)
-        scalars = self._ports(program, builder, site, Role.SCALAR)
+        hint = int(program.input_node(Role.INPUT_IDS).meta["val"].shape[1].node.hint)
+        prompt = Prompt(hint, Budget(0.5), site.layer, program.layer_count, question=min(7, hint - 1))
+        layer = site.layer if self.press.per_layer else None
+        sizes = counted_inputs(builder, Role.SIZE, self.press.sizes(prompt), self.press.smallest(), layer)
+        scalars = counted_inputs(builder, Role.SCALAR, self.press.scalars(prompt), {}, layer)
         groups = (sizes, scalars, found.nodes, found.constants)
         nodes = [node for group in groups for node in group.values()]
         reads: frozenset[str] = frozenset()
@@ -86,7 +91,7 @@ class SplicePress(Pass):
                 layer=site.layer,
                 layers=program.layer_count,
             )
-            left = self.press.compress(x) if site.pressable else self.press.accompany(x)
+            left = self.press.compress(x) if self._pressed(site) else self.press.accompany(x)
             assert left is not None
             reads = x.reads
             named = {
@@ -103,34 +108,11 @@ class SplicePress(Pass):
             nodes,
             layer=site.layer,
             like=site.node,
-            key=(site.pressable, tuple(map(tuple, groups[:3])), site.scale, found.fingerprint()),
+            key=(self._pressed(site), tuple(map(tuple, groups[:3])), site.scale, found.fingerprint()),
             reuse=lambda: "layer" not in reads,
         )
         self._check(program, site, results)
         site.node.meta["press"] = {role: node.name for role, node in results.items()}
-
-    def _ports(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, role: Role) -> dict[str, Node]:
-        """The inputs that carry what the host counts, one for all layers or one for each; made when first needed."""
-        hint = int(program.input_node(Role.INPUT_IDS).meta["val"].shape[1].node.hint)
-        prompt = Prompt(hint, Budget(0.5), site.layer, program.layer_count, question=min(7, hint - 1))
-        counts: Mapping[str, float] = (self.press.sizes if role is Role.SIZE else self.press.scalars)(prompt)
-        suffix = f"_{site.layer}" if self.press.per_layer else ""
-        layer = site.layer if self.press.per_layer else None
-        device = program.input_node(Role.INPUT_IDS).meta["val"].device
-        found = {}
-        for name, count in counts.items():
-            known = [port for port in program.inputs if port.name == name + suffix]
-            if not known:
-                shape: tuple[object, ...] = ()
-                if role is Role.SIZE:
-                    low = self.press.smallest().get(name, 2)
-                    letter = LETTERS.get(name, name) + suffix
-                    shape = (program.shapes.dim(letter, hint=max(int(count), low), low=low),)
-                value = program.shapes.empty(shape, torch.float32, device)  # type: ignore[arg-type]
-                found[name] = builder.placeholder(Port(name + suffix, role, layer, key=name), value)
-            else:
-                found[name] = next(node for node in program.placeholders() if node.target == name + suffix)
-        return found
 
     def _check(self, program: KVProgram, site: AttentionSite, results: Mapping[str, Node]) -> None:
         """A press must return what the cache can hold."""

@@ -75,7 +75,7 @@ def _run(program: Any, ids: torch.Tensor, positions: torch.Tensor) -> dict[str, 
 
 @pytest.mark.parametrize("kind", [*SCALINGS, "partial", "gemma3"])
 def test_re_rotation_is_pruning_before_rope(kind: str) -> None:
-    """What key_rerotation stores is the kept keys before RoPE, rotated at 0, 1, 2, ...; presses.md's own definition."""
+    """What key_rerotation stores is the kept keys before RoPE, rotated at 0, 1, 2, ...."""
     model = scaled_model(kind)
     compiled = kvpass.compile(model, "key_rerotation(knorm)", 0.5, backend="eager")
     plain = kvpass.compile(model, "knorm", 0.5, backend="eager")

@@ -3,6 +3,8 @@
 import inspect
 
 from torch import nn
+from torch._dynamo.exc import UserError
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from kvpass.capture.export import export_model, program_from_export
@@ -11,7 +13,7 @@ from kvpass.capture.transformers_model import export_transformers, max_tokens_of
 from kvpass.errors import KVPassError, UnsupportedModelError
 from kvpass.ir.program import KVProgram
 
-__all__ = ["capture", "max_tokens_of"]
+__all__ = ["capture"]
 
 
 def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None = None) -> KVProgram:
@@ -19,8 +21,8 @@ def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None =
 
     A transformers model is captured through its attention registry (`registry=False`: as it is, with sdpa
     attention, its masks and repeated heads left to `normalize-attention`). Any other module must have a forward
-    that takes `input_ids` and `position_ids` and returns logits. `max_tokens` is the longest text it will read, by
-    default what its config says.
+    that takes token ids, and `position_ids` if it can, and returns logits [B, S, V]. `max_tokens` is the longest
+    text it will read, by default what its config says.
 
     Raises `UnsupportedModelError` if torch.export cannot capture the model or it lacks those inputs.
     """
@@ -32,28 +34,37 @@ def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None =
             if isinstance(model, PreTrainedModel) and registry:
                 exported = export_transformers(model, longest)
             else:
-                fixed = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
+                fixed: dict[str, object] = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
                 _check_signature(model)
-                exported = export_model(model, fixed, longest)
+                exported, longest = _export_up_to(model, fixed, longest)
         program = program_from_export(exported)
-        program.notes = notes
+        program.notes, program.max_tokens = notes, longest
         return program
     except KVPassError:
         raise
     except Exception as error:
         raise UnsupportedModelError(
             f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {error}. "
-            "Try torch.export.export on the model alone to see where it fails"
+            f"Try torch.export.export on the model alone to see where it fails. If it holds tables for fewer than "
+            f"{longest} positions, say so with max_tokens="
         ) from error
     finally:
         model.train(training)
 
 
+def _export_up_to(model: nn.Module, fixed: dict[str, object], longest: int) -> tuple[ExportedProgram, int]:
+    """The export, and the longest text that it serves: one token less where a table of `longest` rows is cut."""
+    try:
+        return export_model(model, fixed, longest), longest
+    except UserError as error:  # "tokens != longest": at full length nothing is cut, which export holds apart
+        if f"!= {longest}." not in str(error):
+            raise
+        return export_model(model, fixed, longest - 1), longest - 1
+
+
 def _check_signature(model: nn.Module) -> None:
     accepted = inspect.signature(model.forward).parameters
-    missing = {"input_ids", "position_ids"} - set(accepted)
-    if missing:
+    if not accepted:
         raise UnsupportedModelError(
-            f"{type(model).__name__}.forward takes ({', '.join(accepted)}), it needs {' and '.join(sorted(missing))}: "
-            "after an eviction the positions of new tokens cannot be counted inside the model"
+            f"{type(model).__name__}.forward takes nothing, expected token ids [B, S] and, if it can, position_ids"
         )

@@ -1,5 +1,6 @@
 """torch.export, and the way from an ExportedProgram to a KVProgram."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 
@@ -20,15 +21,26 @@ EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 24
 
 
 class _Signature(nn.Module):
-    """Gives every model the signature (input_ids, position_ids) -> logits."""
+    """Gives every model the signature (input_ids, position_ids) -> logits.
+
+    A forward without `position_ids` is called with the token ids alone; `find-positions` then finds its own.
+    """
 
     def __init__(self, model: nn.Module, fixed: Mapping[str, object]) -> None:
         super().__init__()
         self.model = model
         self.fixed = dict(fixed)
+        names = list(inspect.signature(model.forward).parameters)
+        self.ids_name = "input_ids" if "input_ids" in names else names[0]
+        self.takes_positions = "position_ids" in names
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        result = self.model(input_ids=input_ids, position_ids=position_ids, **self.fixed)
+        given = {self.ids_name: input_ids, **self.fixed}
+        if self.takes_positions:
+            given["position_ids"] = position_ids
+        result = self.model(**given)
+        if isinstance(result, tuple):
+            result = result[0]
         return result if isinstance(result, Tensor) else result.logits
 
 

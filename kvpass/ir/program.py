@@ -61,6 +61,7 @@ class KVProgram:
     phase: Phase | None = None
     layer_count: int = 0
     model_name: str = ""  # as its checkpoint is called
+    max_tokens: int = 2**20  # the longest text
     notes: tuple[str, ...] = ()  # what was decided at capture and changes results
     history: tuple[str, ...] = field(default=())
 

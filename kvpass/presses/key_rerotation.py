@@ -17,9 +17,9 @@ from kvpass.selection import gather
 @register_press("key_rerotation")
 @dataclass(frozen=True)
 class KeyRerotation(Wrapper):
-    """Keeps what the inner press keeps, with keys rotated to positions 0, 1, 2, ... and the text going on behind them.
+    """Keeps what the inner press keeps, its keys rotated to stand side by side and the text going on behind them.
 
-    Keys before RoPE are rotated by the model's own frequencies at the new positions, scaling included. Layers that
+    Keys before RoPE are rotated by the model's own frequencies at positions 0, 1, 2, ..., scaling included. Layers that
     keep fewer pairs than the longest one end at the same position; sliding-window layers are moved along.
     """
 

@@ -38,6 +38,7 @@ class Recipe:
     backend: str | Callable[..., Any]
     mode: str | None
     max_tokens: int
+    layers: frozenset[int] | None = None  # those to press, None: all that can be
     print_ir: PrintIR = None
 
 
@@ -232,7 +233,9 @@ class CompiledModel(nn.Module, GenerationMixin):
         key = (phase, press)
         if key not in self._ready:
             recipe = self._recipe
-            self._ready[key] = self._graphs.get(phase, press, recipe.backend, recipe.mode, recipe.print_ir)
+            self._ready[key] = self._graphs.get(
+                phase, press, recipe.layers, recipe.backend, recipe.mode, recipe.print_ir
+            )
         return self._ready[key]
 
     # -- checking ----------------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ class CompiledModel(nn.Module, GenerationMixin):
 
         `only` names one pass, e.g. "splice-press"; otherwise all of them behind the cut into phases.
         """
-        steps = phase_passes(_as_phase(phase), self._example_press())
+        steps = phase_passes(_as_phase(phase), self._example_press(), self._recipe.layers)
         names = [step.name for step in steps]
         if only is not None and only not in names:
             raise ValueError(f"there is no pass {only!r} in {phase}; its passes are {', '.join(names)}")

@@ -34,14 +34,15 @@ class PhaseGraphs:
         self,
         phase: Phase,
         press: Press | None,
+        layers: frozenset[int] | None,
         backend: str | Callable[..., Any],
         mode: str | None,
         print_ir: PrintIR = None,
     ) -> PhaseGraph:
         """The graph of a phase, run through the passes and handed to the backend at its first mention."""
-        key = (phase, press if phase is Phase.PREFILL else None, backend, mode)
+        key = (phase, press, layers, backend, mode) if phase is Phase.PREFILL else (phase, backend, mode)
         if key not in self._built:
-            manager = PassManager(phase_passes(phase, press), print_ir=print_ir)
+            manager = PassManager(phase_passes(phase, press, layers), print_ir=print_ir)
             program = manager.run(self.located)
             self._built[key] = PhaseGraph(program, manager.records, make_runner(program, backend, mode))
         return self._built[key]

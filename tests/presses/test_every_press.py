@@ -191,3 +191,10 @@ def test_a_prefill_asks_the_device_once_at_most(name: str, allowed: int, monkeyp
         monkeypatch.setattr(torch.Tensor, method, lambda self, plain=plain, m=method: (asked.append(m), plain(self))[1])
     model.prefill(token_ids(2, 83))
     assert len(asked) == allowed, asked
+
+
+def test_presses_that_need_long_prompts_fit_into_the_cache() -> None:
+    """The example length of a graph follows the press; the example capacity must stay above it."""
+    model = kvpass.compile(captured_model("llama"), "chunk(snapkv, chunk_length=700)", ratio=0.1, backend="eager")
+    cache = model.prefill(token_ids(1, 1600)).past_key_values
+    assert cache.kept(0) == 630 + 630 + 180

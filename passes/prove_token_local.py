@@ -1,0 +1,92 @@
+"""Prove that tokens meet in the located attentions and nowhere else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from kvpass.errors import UnsupportedModelError
+from kvpass.ir.attention_site import AttentionSite, attention_sites
+from kvpass.ir.form import Form
+from kvpass.ir.program import KVProgram, Role
+from kvpass.pass_manager import Pass
+
+TOKENS = 5
+
+
+@dataclass(frozen=True)
+class ProveTokenLocal(Pass):
+    """Run the graph on a few tokens at once and on each alone, attention replaced by the same numbers in both.
+
+    With the attentions cut out, queries, keys, values and logits of a token must not change when the other tokens are
+    gone and only its position is given: that is what decoding relies on. Convolutions over tokens, recurrent state,
+    shifts, and positions that the module counts in a way that nobody saw are found by what they compute. The graph
+    is not changed.
+    """
+
+    name: ClassVar[str] = "prove-token-local"
+    requires: ClassVar[Form] = Form.LOCATED
+    produces: ClassVar[Form] = Form.LOCATED
+
+    def run(self, program: KVProgram) -> int:
+        sites = attention_sites(program)
+        logits = program.output_value(Role.LOGITS)
+        watched = {node: f"layer {site.layer}" for site in sites for node in (site.queries, site.keys, site.values)}
+        watched[logits] = "the logits"
+        ids = torch.arange(TOKENS, 0, -1)[None].to(program.input_node(Role.INPUT_IDS).meta["val"].device)
+        positions = torch.arange(TOKENS, device=ids.device)[None]
+        stand_ins = {site.node: self._stand_in(site) for site in sites}
+        together = _Cut(program, stand_ins, watched).values(ids, positions)
+        for token in range(TOKENS):
+            here = slice(token, token + 1)
+            cut = {node: tensor[:, :, here] for node, tensor in stand_ins.items()}
+            alone = _Cut(program, cut, watched).values(ids[:, here], positions[:, here])
+            for node, where in watched.items():
+                axis = 1 if node is logits else 2
+                expected = together[node].narrow(axis, token, 1)
+                if not _close(alone[node], expected):
+                    raise UnsupportedModelError(
+                        f"{where}: {node.name} of token {token} depends on other tokens, or on a position that was not "
+                        "found, although attention was taken out: something in front of it mixes tokens (a "
+                        "convolution, a recurrent state, a shift, positions counted from the tokens). A KV cache does "
+                        "not hold that; such a model cannot be compiled"
+                    )
+        return len(sites)
+
+    def _stand_in(self, site: AttentionSite) -> Tensor:
+        value: Tensor = site.node.meta["val"]
+        _, heads, _, width = value.shape
+        generator = torch.Generator().manual_seed(site.layer)
+        numbers = torch.randn(1, int(heads), TOKENS, int(width), generator=generator)
+        return numbers.to(value.device, value.dtype)
+
+
+class _Cut(Interpreter):
+    """Runs a graph with given values for some nodes and keeps those of others."""
+
+    def __init__(self, program: KVProgram, given: Mapping[Node, Tensor], watched: Mapping[Node, str]) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=True)
+        self._given = given
+        self._watched = watched
+        self._found: dict[Node, Tensor] = {}
+
+    def values(self, *inputs: Tensor) -> dict[Node, Tensor]:
+        with torch.no_grad():
+            self.run(*inputs)
+        return self._found
+
+    def run_node(self, n: Node) -> Any:
+        result = self._given[n] if n in self._given else super().run_node(n)
+        if n in self._watched:
+            self._found[n] = result
+        return result
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for the rounding of another kernel for another size."""
+    tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(expected.dtype, 6e-2)
+    scale = expected.float().abs().max().clamp(min=1e-6)
+    return bool((found.float() - expected.float()).abs().max() <= tolerance * scale)
