@@ -9,12 +9,30 @@ from torch._subclasses.fake_tensor import FakeTensor
 Carried = tuple[Tensor, ...]
 
 
+def unaliased(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, copied where two are views of one (of a fused projection, say): a traced loop allows none."""
+    seen: set[int] = set()
+    result = []
+    for tensor in tensors:
+        if is_traced(tensor):
+            storage = tensor.untyped_storage()._cdata
+            tensor = tensor.clone() if storage in seen else tensor
+            seen.add(storage)
+        result.append(tensor)
+    return tuple(result)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a graph is being made, rather than numbers."""
+    return isinstance(tensor, FakeTensor)
+
+
 def while_loop(unfinished: Callable[..., Tensor], step: Callable[..., Carried], carried: Carried) -> Carried:
     """Replace `carried` by `step(*carried)` as long as `unfinished(*carried)`, a bool[]; shapes stay what they are.
 
     Traced into one node with the body as a graph of its own; on real tensors it simply runs.
     """
-    if any(isinstance(tensor, FakeTensor) for tensor in carried):
+    if any(map(is_traced, carried)):
         traced: Carried = traced_while_loop(unfinished, step, carried)
         return traced
     while bool(unfinished(*carried)):

@@ -3,7 +3,7 @@
 Legend: B batch, H query heads, Hkv KV heads, G = H / Hkv, S tokens of the prompt, D head size, N pairs to keep.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, Self
 
 import torch
@@ -65,9 +65,16 @@ class PressInputs:
         self._taps = taps
         self._reads: set[str] = set()
 
-    def replace(self, taps: Mapping[str, Tensor | MissingTapError] | None = None, **fields: Any) -> Self:
-        """The same layer with other tensors or fields; what is read of it is noted here too."""
-        twin = type(self)({**self._taps, **(taps or {})}, **{**self._fields, **fields})
+    def replace(
+        self,
+        taps: Mapping[str, Tensor | MissingTapError] | None = None,
+        *,
+        only: Collection[str] | None = None,
+        **fields: Any,
+    ) -> Self:
+        """The same layer with other tensors or fields, `only` some of the tensors; what is read is noted here too."""
+        known = {name: tap for name, tap in self._taps.items() if only is None or name in only}
+        twin = type(self)({**known, **(taps or {})}, **{**self._fields, **fields})
         twin._reads = self._reads
         return twin
 

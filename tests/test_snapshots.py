@@ -1,6 +1,7 @@
 """The graph diffs that people read in a review: one layer, each pass and each press."""
 
 import pytest
+from bare_modules import CONTEXT, BareLM
 from expecttest import assert_expected_inline
 from models import captured_model, compiled_model, eager_model
 from modules import PlainLM
@@ -11,8 +12,10 @@ from kvpass.ir.form import Phase
 from kvpass.ir.printer import graph_text
 from kvpass.pass_manager import PassManager
 from kvpass.passes.drop_noops import DropNoops
+from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.locate_attention import LocateAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
+from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
 from kvpass.pipeline import capture_passes
 from kvpass.presses import ExpectedAttention, Knorm, SnapKV
@@ -48,6 +51,39 @@ def test_drop_noops() -> None:
 -_assert_tensor_metadata_7: ? = _assert_tensor_metadata(mul_9, None, None, f32)
 """,
     )
+
+
+def test_find_positions() -> None:
+    """An embedding of 0..S-1, and a table cut to the length."""
+    before = PassManager((DropNoops(),)).run(capture(BareLM("table", "buffer", layers=1), max_tokens=CONTEXT))
+    assert_pass_diff(
+        before,
+        FindPositions(),
+        """\
+
++lookup: f32[S, 4, 2] = index_select(table, 0, select(position_ids, 0, 0))
+-slice_1: f32[S, 4, 2] = slice(table, 0, None, S)
+""",
+        layer=None,
+    )
+    before = PassManager((DropNoops(),)).run(capture(BareLM("learned", layers=1), max_tokens=CONTEXT))
+    assert_pass_diff(
+        before,
+        FindPositions(),
+        """\
+
++positions: i64[S] = to(select(position_ids, 0, 0), i64)
+-arange: i64[S] = arange(S)
+-embedding_1: f32[S, 32] = embedding(places.weight, arange)
++embedding_1: f32[S, 32] = embedding(places.weight, positions)
+""",
+        layer=None,
+    )
+
+
+def test_prove_token_local_changes_nothing() -> None:
+    located = captured_model("llama").graphs.located
+    assert graph_text(PassManager((ProveTokenLocal(),)).run(located)) == graph_text(located)
 
 
 def test_normalize_attention_finds_a_window_and_the_kv_heads() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpass.budget import Prompt
 from kvpass.errors import MissingTapError, PressError
-from kvpass.loops import while_loop
+from kvpass.loops import is_traced, unaliased, while_loop
 from kvpass.press import ScorerPress, SelectingPress, Wrapper
 from kvpass.press_inputs import PressInputs
 from kvpass.presses.nesting import expect_scorer
@@ -60,6 +60,11 @@ class Block(Wrapper, SelectingPress):
             return start + block, self._chosen(x, kept, torch.arange(block, device=device) + start)
 
         first = torch.arange(size, device=device).expand(batch, heads, size).contiguous()
+        if is_traced(x.keys):  # a loop may close over what the inner press reads, and over no views of one tensor
+            self._chosen(x, first, torch.arange(size, tokens, device=device))
+            names = [name for name in x.reads if isinstance(x.taps.get(name), Tensor)]
+            given = [tap for name in names if isinstance(tap := x.taps[name], Tensor)]
+            x = x.replace(dict(zip(names, unaliased(*given), strict=True)), only=names)
         _, kept = while_loop(unfinished, next_block, (torch.arange(1, device=device)[0] + size, first))
         kept = self._chosen(x, kept, torch.arange(end, tokens, device=device))
         return torch.zeros_like(x.keys[..., 0], dtype=torch.bool).scatter(2, kept, True)

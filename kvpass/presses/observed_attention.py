@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpass.errors import PressError
-from kvpass.loops import while_loop
+from kvpass.loops import unaliased, while_loop
 from kvpass.press import ScorerPress
 from kvpass.press_inputs import PressInputs
 from kvpass.registry import register_press
@@ -31,7 +31,8 @@ class ObservedAttention(ScorerPress):
             raise PressError(f"observed_attention: block={self.block}, expected at least 1")
 
     def score(self, x: PressInputs) -> Tensor:
-        queries, keys, scale, block = x.per_kv_head(x.queries), x.keys[:, :, None], x.scale, self.block
+        queries, keys = unaliased(x.queries, x.keys)
+        queries, keys, scale, block = x.per_kv_head(queries), keys[:, :, None], x.scale, self.block
         tokens = queries.shape[3]
         position = torch.arange(tokens, device=keys.device)
 

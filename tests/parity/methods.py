@@ -167,7 +167,9 @@ def _finch(label: str, *archs: str, ratios: tuple[float, ...] = (0.5,), **option
 
 
 OWN_LOGIC = (
-    Method("think", THINK, (None,), ARCHITECTURES, BOTH, decided_by="", found_by="values", stores=("keys",)),
+    Method("think", THINK, (None,), decided_by="", found_by="values", stores=("keys",)),
+    # elsewhere rounding in bfloat16 decides between two channels
+    Method("think_bf16", THINK, (None,), LLAMA, ("bfloat16",), decided_by="", found_by="values", stores=("keys",)),
     _lazy("none", 0.95, "llama"),
     _lazy("some", 0.42, "llama", "qwen2"),
     _lazy("all", 0.02, *ARCHITECTURES),
