@@ -127,22 +127,22 @@ class NoAttention(nn.Module):
         return logits
 
 
-class NoPositions(NoAttention):
-    """Counts positions by itself, which goes wrong after an eviction."""
+class NoInput(NoAttention):
+    """A forward without arguments."""
 
-    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(input_ids, torch.arange(input_ids.shape[1])[None])
+    def forward(self) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None])
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (NoAttention(), r"no attention found.*let the model call torch\.nn\.functional\.scaled_dot_product_attention"),
-        (NoPositions(), r"NoPositions\.forward takes \(input_ids\), it needs position_ids"),
+        (NoInput(), r"NoInput\.forward takes nothing, expected token ids"),
         (PlainLM("causal", "bidirectional"), r"layer 1: .*tokens see the future"),
         (PlainLM("causal", "dilated"), r"layer 1: .*mask .* is neither causal nor sliding-window"),
     ],
-    ids=["no attention", "no position_ids", "bidirectional", "dilated"],
+    ids=["no attention", "no input", "bidirectional", "dilated"],
 )
 def test_models_that_cannot_be_compiled(model: nn.Module, message: str) -> None:
     """Refused, with the layer, also when nothing is to be dropped; never compiled without compression."""
