@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop as traced_while_loop
 from torch._subclasses.fake_tensor import FakeTensor
@@ -33,7 +34,9 @@ def while_loop(unfinished: Callable[..., Tensor], step: Callable[..., Carried], 
     Traced into one node with the body as a graph of its own; on real tensors it simply runs.
     """
     if any(map(is_traced, carried)):
-        traced: Carried = traced_while_loop(unfinished, step, carried)
+        # What was traced before must not turn a press's numbers into inputs of the loop: graphs do not depend on it.
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            traced: Carried = traced_while_loop(unfinished, step, carried)
         return traced
     while bool(unfinished(*carried)):
         carried = step(*carried)

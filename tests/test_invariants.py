@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import kvpass
 from kvpass.budget import kept_count
-from kvpass.presses import ExpectedAttention, Random, StreamingLLM
+from kvpass.presses import ExpectedAttention, Knorm, StreamingLLM
 
 WINDOW = 16  # of gemma3_text's sliding layers
 
@@ -263,7 +263,7 @@ def test_every_head_and_row_sees_its_own_entries() -> None:
     """A press that drops other positions in each row and KV head: query heads follow the KV head of their group."""
     ids = token_ids(2, 60)
     eager = small_model("llama", attn_implementation="eager")
-    model = kvpass.compile(small_model("llama"), Random(seed=3), ratio=0.6, backend="eager")
+    model = kvpass.compile(small_model("llama"), Knorm(), ratio=0.6, backend="eager")
     cache = model.prefill(ids[:, :40]).past_key_values
     kept = cache.positions(0)  # [2, 2, 16]
     assert kept.shape == (2, 2, 16)

@@ -176,7 +176,10 @@ class GraphBuilder:
             return self._traces[key, layout]
         before = shapes.specialized()
         with shapes.fake_mode, torch.no_grad():
-            trace = make_fx(function, pre_dispatch=True)(*values)
+            try:
+                trace = make_fx(function, pre_dispatch=True)(*values)
+            except PressError as error:
+                raise PressError(shapes.renamed(str(error))) from error
         for node in trace.graph.nodes:
             if node.op == "get_attr" and not isinstance(getattr(trace, str(node.target)), GraphModule):
                 raise PressError(

@@ -1,5 +1,6 @@
 """Named symbolic sizes: the one place that talks to torch's shape environment."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -74,6 +75,11 @@ class SymbolicShapes:
             return str(size)
         expr = self.shape_env.replace(size.node.expr)
         return str(sympy.sympify(expr).xreplace(self._names))
+
+    def renamed(self, message: str) -> str:
+        """A message about tensors that are being traced, in our names instead of torch's."""
+        names = {str(symbol): str(name) for symbol, name in self._names.items()}
+        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), message)
 
     def specialized(self) -> dict[str, str]:
         """Symbols that tracing has tied to a constant or to another symbol: always a bug of a pass or a press."""
