@@ -179,7 +179,7 @@ class GraphBuilder:
             try:
                 trace = make_fx(function, pre_dispatch=True)(*values)
             except PressError as error:
-                raise PressError(shapes.renamed(str(error))) from error
+                raise type(error)(shapes.renamed(str(error))) from error
         for node in trace.graph.nodes:
             if node.op == "get_attr" and not isinstance(getattr(trace, str(node.target)), GraphModule):
                 raise PressError(
