@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Node
 
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 from kvpass.ir.builder import GraphBuilder
+from kvpass.ir.cache_code import append, attend_cache, extend_ring, store_prefix, store_ring
 from kvpass.ir.form import Form, Phase
-from kvpass.ir.masks import cache_mask
 from kvpass.ir.program import KVProgram, Port, Role
+from kvpass.ir.symbols import Size
 from kvpass.pass_manager import Pass
 
 CAPACITY_HINT, WINDOW_HINT = 1021, 1027  # not sizes that anything else has
@@ -26,8 +25,9 @@ class InsertKVCache(Pass):
     extend   keys_out_0: f32[B, 2, C_0, 16] = index_put(keys_0, [.., .., slots], add_2)
     decode   attended_0: f32[B, 4, S, 16] = scaled_dot_product_attention(add_1, keys_out_0, values_out_0, mask)
 
-    New tokens take the slots behind those in use (`lengths`, per layer and row). The queries that share a KV head
-    go into the query axis, so that no head is ever repeated in memory.
+    New tokens take the slots behind those in use (`lengths`, per layer and row). Layers of windows or chunks hold a
+    ring: token p lies in slot p % reach, `lengths` counts all that were seen. The queries that share a KV head go into
+    the query axis, so that no head is ever repeated in memory.
     """
 
     name: ClassVar[str] = "insert-kv-cache"
@@ -39,22 +39,25 @@ class InsertKVCache(Pass):
             return 0
         builder = GraphBuilder(program, self.name)
         sites = attention_sites(program)
-        lengths = None
+        rings = [site for site in sites if not site.pressable]
+        batch = program.input_node(Role.INPUT_IDS).meta["val"].shape[0]
+        counts = []
         if program.phase is not Phase.PREFILL:
-            ids = program.input_node(Role.INPUT_IDS).meta["val"]
-            value = program.shapes.empty((len(sites), ids.shape[0]), torch.int64, ids.device)
-            lengths = builder.placeholder(Port("lengths", Role.LENGTHS), value)
+            counts.append(self._counter(builder, Role.LENGTHS, (len(sites), batch)))
+        if program.phase is Phase.EXTEND and rings:
+            counts.append(self._counter(builder, Role.NEW_TOKENS, (batch,)))
         caches = [self._placeholders(program, builder, site) for site in sites]
-        for site, (keys, values) in zip(sites, caches, strict=True):
-            if lengths is None:
-                new_keys, new_values = _store(builder, site, keys, values)
-            else:
-                new_keys, new_values = _append(builder, site, keys, values, lengths)
-                _attend(builder, site, new_keys, new_values, lengths)
-            program.add_output(Port(f"keys_out_{site.layer}", Role.KEYS, site.layer, keys.name), new_keys)
-            program.add_output(Port(f"values_out_{site.layer}", Role.VALUES, site.layer, values.name), new_values)
+        for site, cache in zip(sites, caches, strict=True):
+            stored = self._update(program, builder, site, cache, counts)
+            for role, old, new in zip((Role.KEYS, Role.VALUES), cache, stored, strict=True):
+                program.add_output(Port(f"{role.value}_out_{site.layer}", role, site.layer, old.name), new)
         program.graph.eliminate_dead_code()
         return len(sites)
+
+    def _counter(self, builder: GraphBuilder, role: Role, shape: tuple[Size, ...]) -> Node:
+        program = builder.program
+        device = program.input_node(Role.INPUT_IDS).meta["val"].device
+        return builder.placeholder(Port(role.value, role), program.shapes.empty(shape, torch.int64, device))
 
     def _placeholders(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite) -> tuple[Node, Node]:
         # Layers may differ in what they hold, so each has a capacity of its own.
@@ -70,52 +73,29 @@ class InsertKVCache(Pass):
             nodes.append(builder.placeholder(Port(f"{role.value}_{site.layer}", role, site.layer), value))
         return nodes[0], nodes[1]
 
-
-def store_prefix(cache: Tensor, new: Tensor) -> Tensor:
-    """Write new [B, Hkv, n, D] to the first n slots of cache [B, Hkv, C, D]."""
-    return torch.slice_scatter(cache, new, dim=2, start=0, end=new.shape[2])
-
-
-def _store(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node) -> tuple[Node, Node]:
-    (new_keys,) = builder.inline(store_prefix, [keys, site.keys], names=["keys_out"], layer=site.layer, like=site.node)
-    (new_values,) = builder.inline(
-        store_prefix, [values, site.values], names=["values_out"], layer=site.layer, like=site.node
-    )
-    return new_keys, new_values
-
-
-def _append(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node) -> tuple[Node, Node]:
-    layer = site.layer
-
-    def append(keys: Tensor, values: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        batch, heads, tokens, _ = k.shape
-        row = torch.arange(batch, device=k.device)[:, None, None]
-        head = torch.arange(heads, device=k.device)[:, None]
-        slot = (lengths[layer][:, None] + torch.arange(tokens, device=k.device))[:, None]
-        where = (row, head, slot)
-        return torch.index_put(keys, where, k), torch.index_put(values, where, v)
-
-    inputs = [keys, values, lengths, site.keys, site.values]
-    new_keys, new_values = builder.inline(append, inputs, names=["keys_out", "values_out"], layer=layer, like=site.node)
-    return new_keys, new_values
-
-
-def _attend(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node) -> None:
-    layer, window, scale = site.layer, site.window, site.scale
-
-    def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        _, heads, tokens, _ = q.shape
-        groups = heads // keys.shape[1]
-        slots = lengths[layer][:, None] + torch.arange(tokens, device=q.device)
-        mask = cache_mask(slots, keys.shape[2], window)
-        mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, G * S, C]
-        grouped = q.unflatten(1, (keys.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G * S, D]
-        out: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        ungrouped: Tensor = out.unflatten(2, (groups, tokens)).flatten(1, 2)
-        return ungrouped
-
-    (out,) = builder.inline(
-        attend, [site.queries, keys, values, lengths], names=["attended"], layer=layer, like=site.node
-    )
-    site.node.replace_all_uses_with(out)
-    builder.program.graph.erase_node(site.node)
+    def _update(
+        self,
+        program: KVProgram,
+        builder: GraphBuilder,
+        site: AttentionSite,
+        cache: tuple[Node, Node],
+        counts: list[Node],
+    ) -> list[Node]:
+        """The nodes of the new cache; attention reads it, except in prefill."""
+        names, layer, like = ["keys_out", "values_out"], site.layer, site.node
+        new = (site.keys, site.values)
+        if program.phase is Phase.PREFILL:
+            store = store_prefix if site.pressable else store_ring(site.mask)
+            pairs = zip(names, cache, new, strict=True)
+            return [builder.inline(store, [old, n], names=[name], layer=layer, like=like)[0] for name, old, n in pairs]
+        lengths = counts[0]
+        if program.phase is Phase.EXTEND and not site.pressable:  # attention reads what the new tokens push out
+            inputs = [site.queries, *cache, *new, *counts]
+            out, *stored = builder.inline(extend_ring(site), inputs, names=["attended", *names], layer=layer, like=like)
+        else:
+            stored = [*builder.inline(append(site), [*cache, *new, lengths], names=names, layer=layer, like=like)]
+            inputs = [site.queries, *stored, lengths]
+            (out,) = builder.inline(attend_cache(site), inputs, names=["attended"], layer=layer, like=like)
+        site.node.replace_all_uses_with(out)
+        program.graph.erase_node(site.node)
+        return stored

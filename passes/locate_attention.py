@@ -15,7 +15,7 @@ from kvpass.pass_manager import Pass
 
 @dataclass(frozen=True)
 class LocateAttention(Pass):
-    """Mark the one SDPA node of every layer with its layer, module path and window. The graph text does not change.
+    """Mark the one SDPA node of every layer with its layer, module path and mask. The graph text does not change.
 
     `expected_layers` is what the model's config promises; 0 takes what is there.
     """
@@ -44,7 +44,7 @@ class LocateAttention(Pass):
             return 0
         for layer, node in enumerate(attentions):
             self._check(program, layer, node)
-            node.meta["site"] = SiteMark(layer, _module_path(node), node.meta.pop("window"))
+            node.meta["site"] = SiteMark(layer, _module_path(node), node.meta.pop("mask"))
             node._rename(f"attention_{layer}")
         program.layer_count = len(attentions)
         return len(attentions)

@@ -20,6 +20,18 @@ from kvpass.ir.symbols import SymbolicShapes
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 24
 
 
+def _complex(real: Tensor, imaginary: Tensor) -> Tensor:
+    return torch.view_as_complex(torch.stack([real, imaginary], dim=-1))
+
+
+def _polar(size: Tensor, angle: Tensor) -> Tensor:
+    return _complex(size * angle.cos(), size * angle.sin())
+
+
+# Operators stay whole, but for those whose fake kernels freeze sizes.
+DECOMPOSITIONS = {torch.ops.aten.polar.default: _polar, torch.ops.aten.complex.default: _complex}
+
+
 class _Signature(nn.Module):
     """Gives every model the signature (input_ids, position_ids) -> logits.
 
@@ -63,7 +75,7 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
         exported = torch.export.export(
             _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
         )
-        functional: ExportedProgram = exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions(DECOMPOSITIONS)
         return functional
 
 

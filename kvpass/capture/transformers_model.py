@@ -1,24 +1,23 @@
 """Capture a causal LM of transformers through its public attention registry.
 
 The only module that knows how transformers' models are built. The model is asked to attend with a function of ours
-that emits one `scaled_dot_product_attention` a layer, KV heads not repeated, no mask code but for sliding windows;
-its own choice of attention is put back afterwards, whatever happens.
+that emits one `scaled_dot_product_attention` a layer, KV heads not repeated; its own choice of attention is put back
+afterwards, whatever happens.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvpass.capture.export import export_model
 from kvpass.errors import UnsupportedModelError
-from kvpass.ir.masks import window_mask
+from kvpass.ir.masks import Sliding, prompt_mask
 
 NAME = "kvpass"
 # What a model may hand to its attention that plain SDPA cannot express.
@@ -45,30 +44,31 @@ def _attend(
             )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"layer {layer} ({type(module).__name__}): attention is not causal")
-    window = options.get("sliding_window")
-    mask = None if window is None else window_mask(query.shape[2], int(window), query.device)
-    with torch.fx.traceback.annotate({NAME: {"layer": layer, "window": window}}):
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+    if attention_mask is None and (window := options.get("sliding_window")) is not None:
+        attention_mask = prompt_mask(Sliding(int(window)), query.shape[2], query.device)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(**_: Any) -> None:
-    """`_attend` makes the masks itself."""
+def _mask(*args: Any, **options: Any) -> Tensor | None:
+    """The mask as transformers makes it for SDPA, written out: `normalize-attention` finds out what it is."""
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **options)
 
 
 @contextmanager
 def attending_with_kvpass(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` attend with `_attend`; its own implementation comes back on exit, also after exceptions."""
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     previous = model.config._attn_implementation
     buffers = {name: (owner, leaf, t) for name, (owner, leaf, t) in _plain_tensors(model).items()}
     try:

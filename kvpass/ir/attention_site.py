@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from kvpass.ir.masks import Causal
 from kvpass.ir.program import KVProgram
 from kvpass.ir.subgraph import argument
 from kvpass.ir.symbols import Size
@@ -18,7 +19,7 @@ class SiteMark:
 
     layer: int
     path: str
-    window: int | None
+    mask: Causal
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class AttentionSite:
 
     layer: int
     path: str  # module path, e.g. model.layers.3.self_attn
-    window: int | None  # tokens that a query sees, itself included; None: all before it
+    mask: Causal  # which tokens a token sees
     node: Node  # the SDPA node, [B, H, S, D]
     queries: Node  # [B, H, S, D], after RoPE
     keys: Node  # [B, Hkv, S, D], after RoPE
@@ -36,8 +37,8 @@ class AttentionSite:
 
     @property
     def pressable(self) -> bool:
-        """Sliding-window layers are bounded already and keep what they have."""
-        return self.window is None
+        """Layers of windows or chunks are bounded already and keep what they can see."""
+        return self.mask.reach is None
 
     def shape(self, tap: Node) -> tuple[Size, ...]:
         return tuple(tap.meta["val"].shape)
@@ -59,7 +60,7 @@ def _site(node: Node, mark: SiteMark) -> AttentionSite:
     return AttentionSite(
         layer=mark.layer,
         path=mark.path,
-        window=mark.window,
+        mask=mark.mask,
         node=node,
         queries=queries,
         keys=keys,
