@@ -7,6 +7,7 @@ from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.insert_kv_cache import InsertKVCache
 from kvpass.passes.keep_last_logits import KeepLastLogits
 from kvpass.passes.locate_attention import LocateAttention
+from kvpass.passes.lower_attention import LowerAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
@@ -41,4 +42,5 @@ def phase_passes(phase: Phase, press: Press | None, layers: frozenset[int] | Non
         *((SplicePress(press, layers), SpliceEvict()) if press else ()),
         # lower
         WriteCacheInPlace(),
+        *((LowerAttention(),) if phase is Phase.PREFILL else ()),
     )

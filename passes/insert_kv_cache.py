@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from kvpass.ir.attention_op import attend
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form, Phase
@@ -101,21 +101,23 @@ def _append(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node
 
 
 def _attend(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node) -> None:
-    layer, window, scale = site.layer, site.window, site.scale
+    layer, window, scale, softcap = site.layer, site.window, site.scale, site.softcap
 
-    def attend(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    def attended(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *sinks: Tensor) -> Tensor:
         _, heads, tokens, _ = q.shape
         groups = heads // keys.shape[1]
         slots = lengths[layer][:, None] + torch.arange(tokens, device=q.device)
         mask = cache_mask(slots, keys.shape[2], window)
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, G * S, C]
         grouped = q.unflatten(1, (keys.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G * S, D]
-        out: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        columns = None
+        for sink in sinks:  # [H] to a column for each grouped query, [Hkv, G * S, 1]
+            columns = sink.unflatten(0, (keys.shape[1], groups)).repeat_interleave(tokens, dim=1)[..., None]
+        out = attend(grouped, keys, values, mask, scale=scale, softcap=softcap, sinks=columns)
         ungrouped: Tensor = out.unflatten(2, (groups, tokens)).flatten(1, 2)
         return ungrouped
 
-    (out,) = builder.inline(
-        attend, [site.queries, keys, values, lengths], names=["attended"], layer=layer, like=site.node
-    )
+    inputs = [site.queries, keys, values, lengths, *([site.sinks] if site.sinks else [])]
+    (out,) = builder.inline(attended, inputs, names=["attended"], layer=layer, like=site.node)
     site.node.replace_all_uses_with(out)
     builder.program.graph.erase_node(site.node)

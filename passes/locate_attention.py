@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from kvpass.errors import UnsupportedModelError
-from kvpass.ir.attention_site import SDPA, SiteMark
+from kvpass.ir.attention_site import SiteMark, is_attention
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram, layer_of
 from kvpass.ir.subgraph import argument
@@ -27,7 +27,7 @@ class LocateAttention(Pass):
     expected_layers: int = 0
 
     def run(self, program: KVProgram) -> int:
-        attentions = [node for node in program.graph.nodes if node.target is SDPA]
+        attentions = [node for node in program.graph.nodes if is_attention(node)]
         if not attentions:
             raise UnsupportedModelError(
                 "no attention found: the graph has no scaled_dot_product_attention node. kvpass compresses "

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.errors import UnsupportedModelError
-from kvpass.ir.attention_site import SDPA
+from kvpass.ir.attention_site import is_attention
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
 from kvpass.ir.masks import window_mask
@@ -38,7 +38,7 @@ class NormalizeAttention(Pass):
     def run(self, program: KVProgram) -> int:
         builder = GraphBuilder(program, self.name)
         windows: dict[int, Node] = {}
-        attentions = [node for node in program.graph.nodes if node.target is SDPA]
+        attentions = [node for node in program.graph.nodes if is_attention(node)]
         for node in attentions:
             window = self._window(program, node)
             mask = None
@@ -53,8 +53,9 @@ class NormalizeAttention(Pass):
             )
             grouped = {"enable_gqa": True} if _heads(queries) != _heads(keys) else {}
             scale = argument(node, "scale")
-            node.args = (queries, keys, values, mask, 0.0, mask is None)
-            node.kwargs = {"scale": scale, **grouped}
+            capped = {name: value for name, value in node.kwargs.items() if name == "softcap"}
+            node.args = (queries, keys, values, mask, 0.0, mask is None, *node.args[6:])  # sinks and slopes, if any
+            node.kwargs = {"scale": scale, **grouped, **capped}
             node.meta["window"] = window
         program.graph.eliminate_dead_code()
         renumber(program)  # both roads of capture end here, in the same text

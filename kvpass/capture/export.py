@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -18,6 +19,7 @@ from kvpass.ir.symbols import SymbolicShapes
 
 # Sizes of the example. A dynamic size of 1 would be frozen, and equal sizes could be taken for one another.
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 24
+DECOMPOSED = (torch.ops.aten.baddbmm.default,)  # its fake form refuses symbolic sizes
 
 
 class _Signature(nn.Module):
@@ -63,7 +65,7 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
         exported = torch.export.export(
             _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
         )
-        functional: ExportedProgram = exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions(get_decompositions(DECOMPOSED))
         return functional
 
 
