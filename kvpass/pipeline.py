@@ -8,6 +8,7 @@ from kvpass.passes.insert_kv_cache import InsertKVCache
 from kvpass.passes.keep_last_logits import KeepLastLogits
 from kvpass.passes.locate_attention import LocateAttention
 from kvpass.passes.lower_attention import LowerAttention
+from kvpass.passes.match_attention import MatchAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
@@ -22,6 +23,7 @@ def capture_passes(expected_layers: int = 0) -> tuple[Pass, ...]:
     return (
         DropNoops(),
         FindPositions(),
+        MatchAttention(),
         NormalizeAttention(),
         LocateAttention(expected_layers),
         ProveTokenLocal(),

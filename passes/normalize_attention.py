@@ -87,7 +87,7 @@ def _evaluations(program: KVProgram, mask: Node, where: str) -> Iterator[Tensor]
         raise UnsupportedModelError(f"{where}: its mask {mask.name} depends on the tokens")
     constants = {a for n in compute.body for a in n.args if isinstance(a, int) and LENGTHS[0] <= a <= 2**15}
     rows = [_rows(n) for n in compute.body if n.target is torch.ops.aten.index_select.default]
-    longest = min(rows, default=2**20)  # of the tables that the mask is looked up in
+    longest = min([*rows, program.max_tokens])  # of the tables that the mask is looked up in
     for length in {min(n, longest) for n in (*LENGTHS, *(constant + 13 for constant in constants))}:
         given = {n: program.attribute(n) for n in compute.leaves() if n.op == "get_attr"}
         given[positions] = torch.arange(length, device=positions.meta["val"].device)[None]

@@ -134,4 +134,5 @@ def max_tokens_of(model: nn.Module) -> int:
     if config is None:
         return 2**20
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return int(getattr(text_config, "max_position_embeddings", None) or 2**20)
+    named = (getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return int(next(filter(None, named), 2**20))
