@@ -18,14 +18,14 @@ from kvpass.passes.write_cache_in_place import WriteCacheInPlace
 from kvpass.press import Press
 
 
-def capture_passes(expected_layers: int = 0) -> tuple[Pass, ...]:
+def capture_passes() -> tuple[Pass, ...]:
     """Once for a model."""
     return (
         DropNoops(),
         FindPositions(),
         MatchAttention(),
         NormalizeAttention(),
-        LocateAttention(expected_layers),
+        LocateAttention(),
         ProveTokenLocal(),
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.errors import UnsupportedModelError
-from kvpass.ir.attention_site import is_attention
+from kvpass.ir.attention_site import is_attention, is_over_tokens
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
 from kvpass.ir.masks import window_mask
@@ -38,7 +38,7 @@ class NormalizeAttention(Pass):
     def run(self, program: KVProgram) -> int:
         builder = GraphBuilder(program, self.name)
         windows: dict[int, Node] = {}
-        attentions = [node for node in program.graph.nodes if is_attention(node)]
+        attentions = [node for node in program.graph.nodes if is_attention(node) and is_over_tokens(program, node)]
         for node in attentions:
             window = self._window(program, node)
             mask = None

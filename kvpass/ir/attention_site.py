@@ -53,6 +53,12 @@ def is_attention(node: Node) -> bool:
     return node.target in (SDPA, ATTENTION)
 
 
+def is_over_tokens(program: KVProgram, node: Node) -> bool:
+    """Whether an attention's queries and keys are [B, heads, S, D]."""
+    shapes = [argument(node, name).meta["val"].shape for name in ("query", "key")]  # type: ignore[attr-defined]
+    return all(len(shape) == 4 and program.shapes.text(shape[2]) == "S" for shape in shapes)
+
+
 def attention_sites(program: KVProgram) -> list[AttentionSite]:
     """The marked attention nodes in layer order."""
     return sorted(

@@ -126,7 +126,10 @@ class KVProgram:
 
 
 def layer_of(node: Node) -> int | None:
-    """The decoder layer that a node belongs to: by the pass that made it, else by the module that it was traced in."""
+    """The layer that a node belongs to: as located, by the pass that made it, or by the module it was traced in."""
+    site = node.meta.get("site")
+    if site is not None:
+        return int(site.layer)
     origin = node.meta.get("kvpass")
     if isinstance(origin, Origin) and origin.layer is not None:
         return origin.layer

@@ -148,3 +148,9 @@ def _result(program: KVProgram, node: Node) -> Node | None:
             return None
         (node,) = node.users
     return node
+
+
+def unmatched(program: KVProgram) -> str:
+    """What has the form of attention, and why it is none, for the end of an error."""
+    reasons = {str(node.meta["unmatched"]): node.name for node in program.graph.nodes if "unmatched" in node.meta}
+    return "".join(f" ({name}: {reason})" for reason, name in reasons.items())
