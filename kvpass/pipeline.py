@@ -9,6 +9,7 @@ from kvpass.passes.keep_last_logits import KeepLastLogits
 from kvpass.passes.locate_attention import LocateAttention
 from kvpass.passes.lower_attention import LowerAttention
 from kvpass.passes.match_attention import MatchAttention
+from kvpass.passes.merge_attention import MergeAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
@@ -24,6 +25,7 @@ def capture_passes() -> tuple[Pass, ...]:
         DropNoops(),
         FindPositions(),
         MatchAttention(),
+        MergeAttention(),
         NormalizeAttention(),
         LocateAttention(),
         ProveTokenLocal(),

@@ -51,7 +51,7 @@ class MatchAttention(Pass):
                 continue
             _replace(program, builder, probe, *known[form])
             matches += 1
-        program.graph.eliminate_dead_code()
+        program.drop_dead()
         return matches
 
 

@@ -110,6 +110,10 @@ class KVProgram:
         node.args = (tuple(v for i, v in enumerate(node.args[0]) if i != index),)  # type: ignore[arg-type]
         self.outputs = tuple(p for p in self.outputs if p is not port)
 
+    def drop_dead(self) -> None:
+        """Erase what no output needs, also what torch would keep for its random numbers: attention, dropout."""
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
     def attribute(self, node: Node) -> Tensor:
         """The real parameter or buffer that a `get_attr` node names."""
         found = self.held(node)
