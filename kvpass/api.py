@@ -53,7 +53,7 @@ def capture_model(model: nn.Module, *, max_tokens: int | None = None, print_ir: 
             "transformers.AutoModelForCausalLM.from_pretrained first"
         )
     config = _config_of(model)
-    manager = PassManager(capture_passes(_layers_of(config)), print_ir=print_ir)
+    manager = PassManager(capture_passes(), print_ir=print_ir)
     program = manager.run(capture(model, max_tokens=max_tokens))
     program.model_name = str(config.name_or_path or "")
     generation_config = _generation_config_of(model)
@@ -187,10 +187,6 @@ def _fingerprint(model: nn.Module) -> str:
 def _config_of(model: nn.Module) -> PretrainedConfig:
     config = getattr(model, "config", None)
     return copy.deepcopy(config) if isinstance(config, PretrainedConfig) else PretrainedConfig()
-
-
-def _layers_of(config: PretrainedConfig) -> int:
-    return int(getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) or 0)
 
 
 def _generation_config_of(model: nn.Module) -> GenerationConfig:

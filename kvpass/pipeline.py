@@ -7,6 +7,9 @@ from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.insert_kv_cache import InsertKVCache
 from kvpass.passes.keep_last_logits import KeepLastLogits
 from kvpass.passes.locate_attention import LocateAttention
+from kvpass.passes.lower_attention import LowerAttention
+from kvpass.passes.match_attention import MatchAttention
+from kvpass.passes.merge_attention import MergeAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
@@ -16,13 +19,15 @@ from kvpass.passes.write_cache_in_place import WriteCacheInPlace
 from kvpass.press import Press
 
 
-def capture_passes(expected_layers: int = 0) -> tuple[Pass, ...]:
+def capture_passes() -> tuple[Pass, ...]:
     """Once for a model."""
     return (
         DropNoops(),
         FindPositions(),
+        MatchAttention(),
+        MergeAttention(),
         NormalizeAttention(),
-        LocateAttention(expected_layers),
+        LocateAttention(),
         ProveTokenLocal(),
     )
 
@@ -41,4 +46,5 @@ def phase_passes(phase: Phase, press: Press | None, layers: frozenset[int] | Non
         *((SplicePress(press, layers), SpliceEvict()) if press else ()),
         # lower
         WriteCacheInPlace(),
+        *((LowerAttention(),) if phase is Phase.PREFILL else ()),
     )

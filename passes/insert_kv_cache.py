@@ -88,13 +88,13 @@ class InsertKVCache(Pass):
             store = store_prefix if site.pressable else store_ring(site.mask)
             pairs = zip(names, cache, new, strict=True)
             return [builder.inline(store, [old, n], names=[name], layer=layer, like=like)[0] for name, old, n in pairs]
-        lengths = counts[0]
+        lengths, sinks = counts[0], [site.sinks] if site.sinks else []
         if program.phase is Phase.EXTEND and not site.pressable:  # attention reads what the new tokens push out
-            inputs = [site.queries, *cache, *new, *counts]
+            inputs = [site.queries, *cache, *new, *counts, *sinks]
             out, *stored = builder.inline(extend_ring(site), inputs, names=["attended", *names], layer=layer, like=like)
         else:
             stored = [*builder.inline(append(site), [*cache, *new, lengths], names=names, layer=layer, like=like)]
-            inputs = [site.queries, *stored, lengths]
+            inputs = [site.queries, *stored, lengths, *sinks]
             (out,) = builder.inline(attend_cache(site), inputs, names=["attended"], layer=layer, like=like)
         site.node.replace_all_uses_with(out)
         program.graph.erase_node(site.node)

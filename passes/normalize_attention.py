@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.errors import UnsupportedModelError
-from kvpass.ir.attention_site import SDPA
+from kvpass.ir.attention_site import is_attention, is_over_tokens
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
 from kvpass.ir.masks import Causal, Sliding, classify, prompt_mask
@@ -39,7 +39,7 @@ class NormalizeAttention(Pass):
     def run(self, program: KVProgram) -> int:
         builder = GraphBuilder(program, self.name)
         masks: dict[Causal, Node] = {}
-        attentions = [node for node in program.graph.nodes if node.target is SDPA]
+        attentions = [node for node in program.graph.nodes if is_attention(node) and is_over_tokens(program, node)]
         for node in attentions:
             kind = self._kind(program, node)
             mask = None
@@ -54,8 +54,9 @@ class NormalizeAttention(Pass):
             )
             grouped = {"enable_gqa": True} if _heads(queries) != _heads(keys) else {}
             scale = argument(node, "scale")
-            node.args = (queries, keys, values, mask, 0.0, mask is None)
-            node.kwargs = {"scale": scale, **grouped}
+            capped = {name: value for name, value in node.kwargs.items() if name == "softcap"}
+            node.args = (queries, keys, values, mask, 0.0, mask is None, *node.args[6:])  # sinks and slopes, if any
+            node.kwargs = {"scale": scale, **grouped, **capped}
             node.meta["mask"] = kind
         program.graph.eliminate_dead_code()
         renumber(program)  # both roads of capture end here, in the same text
@@ -95,7 +96,7 @@ def _evaluations(program: KVProgram, mask: Node, where: str) -> Iterator[Tensor]
             f"{LONGEST} tokens. If your texts are shorter, say so with max_tokens={min(too_long)}"
         )
     rows = [_rows(n) for n in compute.body if n.target is torch.ops.aten.index_select.default]
-    longest = min(rows, default=2**20)  # of the tables that the mask is looked up in
+    longest = min([*rows, program.max_tokens])  # of the tables that the mask is looked up in
     for length in {min(n, longest) for n in (*LENGTHS, *(constant + 13 for constant in constants))}:
         given = {n: program.attribute(n) for n in compute.leaves() if n.op == "get_attr"}
         given[positions] = torch.arange(length, device=positions.meta["val"].device)[None]

@@ -12,14 +12,17 @@ from kvpass.errors import UnsupportedModelError
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram, Role
+from kvpass.ir.subgraph import reached_from
+from kvpass.ir.written_attention import unmatched
 from kvpass.pass_manager import Pass
 
-TOKENS = 5
+TOKENS = 70  # together; more than what models mix outside attention reaches over: chunks, windows, kernels
+ALONE = (0, 1, 33, 69)  # those that are also run alone
 
 
 @dataclass(frozen=True)
 class ProveTokenLocal(Pass):
-    """Run the graph on a few tokens at once and on each alone, attention replaced by the same numbers in both.
+    """Run the graph on many tokens at once and on a few of them alone, attention replaced by the same numbers in both.
 
     With the attentions cut out, queries, keys, values and logits of a token must not change when the other tokens are
     gone and only its position is given: that is what decoding relies on. Convolutions over tokens, recurrent state,
@@ -36,11 +39,13 @@ class ProveTokenLocal(Pass):
         logits = program.output_value(Role.LOGITS)
         watched = {node: f"layer {site.layer}" for site in sites for node in (site.queries, site.keys, site.values)}
         watched[logits] = "the logits"
-        ids = torch.arange(TOKENS, 0, -1)[None].to(program.input_node(Role.INPUT_IDS).meta["val"].device)
-        positions = torch.arange(TOKENS, device=ids.device)[None]
-        stand_ins = {site.node: self._stand_in(site) for site in sites}
+        tokens = min(TOKENS, program.max_tokens, *_rows(program))
+        vocabulary = int(logits.meta["val"].shape[-1])
+        positions = torch.arange(tokens, device=program.input_node(Role.INPUT_IDS).meta["val"].device)[None]
+        ids = (positions * 7 + 1) % vocabulary
+        stand_ins = {site.node: self._stand_in(site, tokens) for site in sites}
         together = _Cut(program, stand_ins, watched).values(ids, positions)
-        for token in range(TOKENS):
+        for token in (token for token in ALONE if token < tokens):
             here = slice(token, token + 1)
             cut = {node: tensor[:, :, here] for node, tensor in stand_ins.items()}
             alone = _Cut(program, cut, watched).values(ids[:, here], positions[:, here])
@@ -52,16 +57,25 @@ class ProveTokenLocal(Pass):
                         f"{where}: {node.name} of token {token} depends on other tokens, or on a position that was not "
                         "found, although attention was taken out: something in front of it mixes tokens (a "
                         "convolution, a recurrent state, a shift, positions counted from the tokens). A KV cache does "
-                        "not hold that; such a model cannot be compiled"
+                        f"not hold that; such a model cannot be compiled{unmatched(program)}"
                     )
         return len(sites)
 
-    def _stand_in(self, site: AttentionSite) -> Tensor:
+    def _stand_in(self, site: AttentionSite, tokens: int) -> Tensor:
         value: Tensor = site.node.meta["val"]
         _, heads, _, width = value.shape
         generator = torch.Generator().manual_seed(site.layer)
-        numbers = torch.randn(1, int(heads), TOKENS, int(width), generator=generator)
+        numbers = torch.randn(1, int(heads), tokens, int(width), generator=generator)
         return numbers.to(value.device, value.dtype)
+
+
+def _rows(program: KVProgram) -> list[int]:
+    """The sizes of tables that positions are looked up in."""
+    nodes = list(program.graph.nodes)
+    positional = reached_from([program.input_node(Role.POSITION_IDS)], nodes)
+    positional -= reached_from([program.input_node(Role.INPUT_IDS)], nodes)
+    lookups = [n for n in nodes if n.target is torch.ops.aten.embedding.default and n in positional]
+    return [int(n.args[0].meta["val"].shape[0]) for n in lookups]
 
 
 class _Cut(Interpreter):

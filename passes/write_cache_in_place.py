@@ -23,7 +23,7 @@ class WriteCacheInPlace(Pass):
     before:  keys_out_0: f32[B, 2, C, 16] = index_put(keys_0, [.., .., slots], add_2)
     after:   keys_out_0: f32[B, 2, C, 16] = index_put_(keys_0, [.., .., slots], add_2)
 
-    The last pass: from here on the graph is no function any more, and nodes may not be reordered across a write.
+    From here on the graph is no function any more, and nodes may not be reordered across a write.
     """
 
     name: ClassVar[str] = "write-cache-in-place"

@@ -10,14 +10,14 @@ from tiny_models import tiny_model
 
 import kvpass
 from kvpass.capture import capture
-from kvpass.capture.transformers_model import attending_with_kvpass
+from kvpass.capture.transformers_model import attending_with
 from kvpass.errors import UnsupportedModelError
 
 
 def test_the_attention_implementation_comes_back_after_an_exception() -> None:
     model = eager_model("llama")
     before = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="in the middle"), attending_with_kvpass(model):
+    with pytest.raises(RuntimeError, match="in the middle"), attending_with(model, "eager"):
         raise RuntimeError("in the middle")
     assert model.config._attn_implementation == before
 
@@ -66,11 +66,11 @@ def test_a_plain_module_generates() -> None:
     assert out.shape == (1, 26)
 
 
-def test_models_that_keep_state_or_sinks_are_refused() -> None:
-    """What SDPA cannot express is named with its layer."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
-    config = GptOssConfig(num_hidden_layers=1, intermediate_size=32, num_local_experts=2, **sizes)
-    with pytest.raises(UnsupportedModelError, match=r"layer 0.*s_aux"):
-        capture(GptOssForCausalLM(config))
+def test_what_no_attention_node_expresses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named with its layer."""
+    model = tiny_model("llama")
+    attention = type(model.model.layers[0].self_attn)
+    plain = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, *args, **options: plain(self, *args, indices=[1], **options))
+    with pytest.raises(UnsupportedModelError, match=r"layer 0.*'indices', which no attention node expresses"):
+        capture(model)

@@ -1,6 +1,7 @@
 """From a live model to a captured program."""
 
 import inspect
+from contextlib import suppress
 
 from torch import nn
 from torch._dynamo.exc import UserError
@@ -9,7 +10,12 @@ from transformers import PreTrainedModel
 
 from kvpass.capture.export import export_model, program_from_export
 from kvpass.capture.fixed_rope import rope_fixed_for
-from kvpass.capture.transformers_model import export_transformers, max_tokens_of
+from kvpass.capture.transformers_model import (
+    OwnAttentionError,
+    attending_with,
+    export_transformers,
+    max_tokens_of,
+)
 from kvpass.errors import KVPassError, UnsupportedModelError
 from kvpass.ir.program import KVProgram
 
@@ -19,10 +25,10 @@ __all__ = ["capture"]
 def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None = None) -> KVProgram:
     """Capture `model` as a program (input_ids i64[B, S], position_ids i64[B, S]) -> logits [B, S, V].
 
-    A transformers model is captured through its attention registry (`registry=False`: as it is, with sdpa
-    attention, its masks and repeated heads left to `normalize-attention`). Any other module must have a forward
-    that takes token ids, and `position_ids` if it can, and returns logits [B, S, V]. `max_tokens` is the longest
-    text it will read, by default what its config says.
+    A transformers model is captured through its attention registry; one with attention code of its own (any one with
+    `registry=False`) as it is, with sdpa attention if it has that, else eager, and what that does is found in the
+    graph. Any other module must have a forward that takes token ids, and `position_ids` if it can, and returns logits
+    [B, S, V]. `max_tokens` is the longest text it will read, by default what its config says.
 
     Raises `UnsupportedModelError` if torch.export cannot capture the model or it lacks those inputs.
     """
@@ -31,12 +37,7 @@ def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None =
     longest = max_tokens or max_tokens_of(model)
     try:
         with rope_fixed_for(model, longest) as notes:
-            if isinstance(model, PreTrainedModel) and registry:
-                exported = export_transformers(model, longest)
-            else:
-                fixed: dict[str, object] = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
-                _check_signature(model)
-                exported, longest = _export_up_to(model, fixed, longest)
+            exported, longest = _export(model, longest, registry)
         program = program_from_export(exported)
         program.notes, program.max_tokens = notes, longest
         return program
@@ -50,6 +51,18 @@ def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None =
         ) from error
     finally:
         model.train(training)
+
+
+def _export(model: nn.Module, longest: int, registry: bool) -> tuple[ExportedProgram, int]:
+    """The export, and the longest text that it serves."""
+    if not isinstance(model, PreTrainedModel):
+        _check_signature(model)
+        return _export_up_to(model, {}, longest)
+    if registry:
+        with suppress(OwnAttentionError):
+            return export_transformers(model, longest), longest
+    with attending_with(model, "sdpa", "eager"):
+        return _export_up_to(model, {"use_cache": False}, longest)
 
 
 def _export_up_to(model: nn.Module, fixed: dict[str, object], longest: int) -> tuple[ExportedProgram, int]:

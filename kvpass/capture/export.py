@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import get_decompositions
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -28,8 +29,12 @@ def _polar(size: Tensor, angle: Tensor) -> Tensor:
     return _complex(size * angle.cos(), size * angle.sin())
 
 
-# Operators stay whole, but for those whose fake kernels freeze sizes.
-DECOMPOSITIONS = {torch.ops.aten.polar.default: _polar, torch.ops.aten.complex.default: _complex}
+# Operators stay whole, but for those whose fake kernels freeze sizes, or refuse symbolic ones (baddbmm).
+DECOMPOSITIONS = {
+    torch.ops.aten.polar.default: _polar,
+    torch.ops.aten.complex.default: _complex,
+    **get_decompositions((torch.ops.aten.baddbmm.default,)),
+}
 
 
 class _Signature(nn.Module):

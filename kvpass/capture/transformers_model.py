@@ -5,8 +5,8 @@ that emits one `scaled_dot_product_attention` a layer, KV heads not repeated; it
 afterwards, whatever happens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,11 +17,16 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvpass.capture.export import export_model
 from kvpass.errors import UnsupportedModelError
+from kvpass.ir.attention_op import ATTENTION
 from kvpass.ir.masks import Sliding, prompt_mask
 
 NAME = "kvpass"
-# What a model may hand to its attention that plain SDPA cannot express.
-INEXPRESSIBLE = ("softcap", "s_aux", "sinks", "position_bias", "indices", "head_mask")
+# What a model may hand to its attention that no attention node expresses.
+INEXPRESSIBLE = ("position_bias", "indices", "head_mask")
+
+
+class OwnAttentionError(UnsupportedModelError):
+    """The model attends by code of its own, so its attention is found in the graph, not through the registry."""
 
 
 def _attend(
@@ -39,23 +44,32 @@ def _attend(
     for name in INEXPRESSIBLE:
         if options.get(name) is not None:
             raise UnsupportedModelError(
-                f"layer {layer} ({type(module).__name__}): attention uses {name!r}, which a "
-                "scaled_dot_product_attention node cannot express"
+                f"layer {layer} ({type(module).__name__}): attention uses {name!r}, which no attention node expresses"
             )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"layer {layer} ({type(module).__name__}): attention is not causal")
     if attention_mask is None and (window := options.get("sliding_window")) is not None:
         attention_mask = prompt_mask(Sliding(int(window)), query.shape[2], query.device)
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        is_causal=attention_mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    out = _attention(query, key, value, attention_mask, scaling, options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, options: Mapping[str, Any]
+) -> Tensor:
+    """One attention node; a model calls its sinks [H] either `s_aux` or `sinks`."""
+    grouped = query.shape[1] != key.shape[1]
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    sinks = options.get("sinks") if sinks is None else sinks
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+    columns = () if sinks is None else (sinks.reshape(-1),)
+    out: Tensor = ATTENTION(
+        query, key, value, mask, 0.0, mask is None, *columns, scale=scaling, enable_gqa=grouped, softcap=softcap
+    )
+    return out
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
@@ -65,19 +79,20 @@ def _mask(*args: Any, **options: Any) -> Tensor | None:
 
 
 @contextmanager
-def attending_with_kvpass(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` attend with `_attend`; its own implementation comes back on exit, also after exceptions."""
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _mask)
+def attending_with(model: PreTrainedModel, *names: str) -> Iterator[str]:
+    """Let `model` attend with the first of `names` that it has; yields what it attends with then.
+
+    Its own implementation comes back on exit, also after exceptions.
+    """
     previous = model.config._attn_implementation
     buffers = {name: (owner, leaf, t) for name, (owner, leaf, t) in _plain_tensors(model).items()}
     try:
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has attention code of its own and ignores set_attn_implementation"
-            )
-        yield
+        for name in names:
+            with suppress(ValueError, ImportError):  # what transformers raises for an implementation that a model lacks
+                model.set_attn_implementation(name)
+            if model.config._attn_implementation == name:
+                break
+        yield model.config._attn_implementation
     finally:
         model.set_attn_implementation(previous)
         for owner, leaf, tensor in buffers.values():  # tracing may leave fake tensors behind (longrope)
@@ -96,9 +111,21 @@ def _plain_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]
 
 
 def export_transformers(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
-    """Export through the registry. The model must be in eval mode."""
-    with attending_with_kvpass(model):
-        return export_model(model, {"use_cache": False}, max_tokens)
+    """Export through the registry; `OwnAttentionError` if the model does not use it. It must be in eval mode."""
+    calls = 0
+
+    def attend(*args: Any, **options: Any) -> tuple[Tensor, None]:
+        nonlocal calls
+        calls += 1
+        return _attend(*args, **options)
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, _mask)
+    with attending_with(model, NAME) as name:
+        exported = export_model(model, {"use_cache": False}, max_tokens) if name == NAME else None
+    if exported is None or not calls:
+        raise OwnAttentionError(f"{type(model).__name__} has attention code of its own and ignores the registry")
+    return exported
 
 
 def max_tokens_of(model: nn.Module) -> int:
@@ -107,4 +134,5 @@ def max_tokens_of(model: nn.Module) -> int:
     if config is None:
         return 2**20
     text_config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return int(getattr(text_config, "max_position_embeddings", None) or 2**20)
+    named = (getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return int(next(filter(None, named), 2**20))

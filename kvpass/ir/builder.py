@@ -41,11 +41,15 @@ class GraphBuilder:
     def attribute(self, name: str, tensor: Tensor, like: AttentionSite) -> Node:
         """A constant of the graph, in the dtype and on the device of the site's keys."""
         keys = like.keys.meta["val"]
-        value = tensor.detach().to(keys.device, keys.dtype).contiguous()
+        return self.constant(name, tensor.detach().to(keys.device, keys.dtype), like.layer)
+
+    def constant(self, name: str, tensor: Tensor, layer: int | None = None) -> Node:
+        """A constant of the graph, as it is."""
+        value = tensor.detach().contiguous()
         self.program.graph_module.register_buffer(name, value)
         with self.program.graph.inserting_before(_after(list(self.program.placeholders())[-1])):
             node = self.program.graph.get_attr(name)
-        node.meta.update(val=self.program.shapes.fake(value), kvpass=Origin(self.made_by, "asset", like.layer))
+        node.meta.update(val=self.program.shapes.fake(value), kvpass=Origin(self.made_by, "asset", layer))
         return node
 
     def inline(
@@ -101,6 +105,8 @@ class GraphBuilder:
         roles = {node: name for name, node in results.items()}
         stack = (like or max(inputs)).meta.get("nn_module_stack", {})
         position = _after(max(inputs))
+        while position in self._heads:  # they may be read
+            position = position.next
         for node in trace.graph.nodes:
             if node.op == "get_attr":
                 placed[node] = self._subgraph(trace, node, position)

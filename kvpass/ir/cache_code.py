@@ -6,9 +6,9 @@ Legend: B batch, H query heads, Hkv KV heads, S new tokens, C slots of the cache
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kvpass.ir.attention_op import attend
 from kvpass.ir.attention_site import AttentionSite
 from kvpass.ir.masks import Causal, ring_positions
 
@@ -50,16 +50,16 @@ def append(site: AttentionSite) -> Callable[..., Pair]:
 
 def attend_cache(site: AttentionSite) -> Callable[..., Tensor]:
     """Attention over a cache that already holds the new tokens. In a full layer slots stand for what was before."""
-    layer, mask, scale = site.layer, site.mask, site.scale
+    layer, mask = site.layer, site.mask
 
-    def run(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    def run(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *sinks: Tensor) -> Tensor:
         number = (lengths[layer][:, None] + torch.arange(q.shape[2], device=q.device))[:, :, None]  # [B, S, 1]
         if mask.reach is None:
             seen = mask.allowed(number, torch.arange(keys.shape[2], device=q.device))
         else:
             held = ring_positions(lengths[layer], keys.shape[2], mask.reach)[:, None]
             seen = mask.allowed(number, held) & (held >= 0)
-        return _grouped(q, keys, values, seen, scale)
+        return _grouped(site, q, keys, values, seen, sinks)
 
     return run
 
@@ -69,18 +69,25 @@ def extend_ring(site: AttentionSite) -> Callable[..., tuple[Tensor, Tensor, Tens
 
     `new_tokens` i64[B] says how many of the S are meant. Every slot then holds the last token that belongs there.
     """
-    layer, mask, scale = site.layer, site.mask, site.scale
+    layer, mask = site.layer, site.mask
     assert mask.reach is not None
     reach = mask.reach
 
     def run(
-        q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, new_tokens: Tensor
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        new_tokens: Tensor,
+        *sinks: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         before = lengths[layer]
         number = before[:, None] + torch.arange(q.shape[2], device=q.device)
         held = torch.cat([ring_positions(before - 1, keys.shape[2], reach), number], dim=1)[:, None]
         seen = mask.allowed(number[:, :, None], held) & (held >= 0)
-        out = _grouped(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), seen, scale)
+        out = _grouped(site, q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), seen, sinks)
         token = ring_positions(before + new_tokens - 1, keys.shape[2], reach) - before[:, None]  # among the new ones
         is_new = (token >= 0)[:, None, :, None]
         index = token.clamp(min=0)[:, None, :, None]
@@ -94,12 +101,17 @@ def extend_ring(site: AttentionSite) -> Callable[..., tuple[Tensor, Tensor, Tens
     return run
 
 
-def _grouped(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
+def _grouped(
+    site: AttentionSite, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, sinks: tuple[Tensor, ...]
+) -> Tensor:
     """Attention of q [B, H, S, D] where seen bool[B, S, C]; the queries of a KV head lie in the query axis."""
     heads, tokens = q.shape[1], q.shape[2]
     groups = heads // keys.shape[1]
     mask = seen[:, None, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, G * S, C]
     grouped = q.unflatten(1, (keys.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G * S, D]
-    out: Tensor = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    columns = None
+    for sink in sinks:  # [H] to a column for each grouped query, [Hkv, G * S, 1]
+        columns = sink.unflatten(0, (keys.shape[1], groups)).repeat_interleave(tokens, dim=1)[..., None]
+    out = attend(grouped, keys, values, mask, scale=site.scale, softcap=site.softcap, sinks=columns)
     ungrouped: Tensor = out.unflatten(2, (groups, tokens)).flatten(1, 2)
     return ungrouped

@@ -7,8 +7,8 @@ class Form(IntEnum):
     """What a program's graph looks like; a pass names the form that it needs and the one it leaves."""
 
     CAPTURED = 1  # functional aten graph, parameters as attributes
-    NORMAL = 2  # no noise ops, one SDPA per attention, KV heads un-repeated, masks causal or windowed
-    LOCATED = 3  # every SDPA carries its layer and window
+    NORMAL = 2  # no noise ops, one node per attention, KV heads un-repeated, masks causal or windowed
+    LOCATED = 3  # every attention carries its layer and mask
     SPECIALIZED = 4  # sizes belong to one phase
     CACHED = 5  # cache tensors enter and leave the graph
     PRESSED = 6  # pressed layers hold what the press leaves of their pairs

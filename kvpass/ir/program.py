@@ -111,6 +111,10 @@ class KVProgram:
         node.args = (tuple(v for i, v in enumerate(node.args[0]) if i != index),)  # type: ignore[arg-type]
         self.outputs = tuple(p for p in self.outputs if p is not port)
 
+    def drop_dead(self) -> None:
+        """Erase what no output needs, also what torch would keep for its random numbers: attention, dropout."""
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
     def attribute(self, node: Node) -> Tensor:
         """The real parameter or buffer that a `get_attr` node names."""
         found = self.held(node)
@@ -127,7 +131,10 @@ class KVProgram:
 
 
 def layer_of(node: Node) -> int | None:
-    """The decoder layer that a node belongs to: by the pass that made it, else by the module that it was traced in."""
+    """The layer that a node belongs to: as located, by the pass that made it, or by the module it was traced in."""
+    site = node.meta.get("site")
+    if site is not None:
+        return int(site.layer)
     origin = node.meta.get("kvpass")
     if isinstance(origin, Origin) and origin.layer is not None:
         return origin.layer

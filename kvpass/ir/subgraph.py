@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from kvpass.ir.symbols import Size
 
@@ -63,23 +64,30 @@ class Subgraph:
             lines.append(f"{node.target}{arguments}")
         return "; ".join([*lines, *(labels[node] for node in self.outputs)])
 
-    def run(self, tensors: Mapping[Node, Tensor], sizes: Mapping[str, Size]) -> tuple[Tensor, ...]:
+    def run(
+        self, tensors: Mapping[Node, Tensor], sizes: Mapping[str, Size], *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
         """Compute the outputs for other tensors. `sizes` gives the value of a symbol whose tensor is not among them.
 
-        `sizes` is keyed by torch's own name of the symbol.
+        `sizes` is keyed by torch's own name of the symbol. With `dtype`, whatever floats are cast to or made in is
+        that instead.
         """
         values: dict[Node, Any] = dict(tensors)
         for node in self.body:
             if _reads_size(node) and node.args[0] not in values:
                 values[node] = sizes[str(node.meta["val"].node.expr)]
                 continue
-            values[node] = call(node, values.__getitem__)
+            values[node] = call(node, values.__getitem__, dtype)
         return tuple(values[node] for node in self.outputs)
 
 
-def call(node: Node, value_of: Callable[[Node], Any]) -> Any:
-    """Call the operator of a node on the values of its arguments."""
+def call(node: Node, value_of: Callable[[Node], Any], dtype: torch.dtype | None = None) -> Any:
+    """Call the operator of a node on the values of its arguments; `dtype` replaces all floating ones among them."""
     args, kwargs = map_arg((node.args, node.kwargs), value_of)
+    if dtype is not None:
+        args, kwargs = map_aggregate(
+            (args, kwargs), lambda a: dtype if isinstance(a, torch.dtype) and a.is_floating_point else a
+        )
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     return target(*args, **kwargs)
 

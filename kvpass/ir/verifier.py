@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import SymInt, Tensor
 
 from kvpass.errors import VerificationError
-from kvpass.ir.attention_site import SDPA, attention_sites
+from kvpass.ir.attention_site import attention_sites, is_attention
 from kvpass.ir.form import Form, Phase
 from kvpass.ir.program import KVProgram, Origin, Role
 from kvpass.ir.propagate import propagate
@@ -64,13 +64,15 @@ def _sizes(program: KVProgram) -> Iterator[str]:
 
 
 def _sites(program: KVProgram) -> Iterator[str]:
-    if program.form < Form.LOCATED or (program.phase not in (None, Phase.PREFILL) and program.form >= Form.CACHED):
+    if not Form.LOCATED <= program.form < Form.LOWERED:
+        return
+    if program.phase not in (None, Phase.PREFILL) and program.form >= Form.CACHED:
         return
     sites = attention_sites(program)
     if [site.layer for site in sites] != list(range(program.layer_count)):
         yield f"expected one attention in each of {program.layer_count} layers, found {[s.layer for s in sites]}"
     for site in sites:
-        if site.node.target is not SDPA:
+        if not is_attention(site.node):
             yield f"layer {site.layer}: node {site.node.name} is marked as attention but calls {site.node.target}"
         queries, keys, values = (_texts(program, tap.meta["val"]) for tap in (site.queries, site.keys, site.values))
         if keys[:3] != values[:3] or int(queries[1]) % int(keys[1]):
