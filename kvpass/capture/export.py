@@ -10,6 +10,7 @@ from torch._decomp import get_decompositions
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from kvpass.capture.interface import OURS, Interface
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram, Port, Role
@@ -84,8 +85,11 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
         return functional
 
 
-def program_from_export(exported: ExportedProgram) -> KVProgram:
-    """A KVProgram over the parameters of `exported`; nodes are renamed by operator and order of appearance."""
+def program_from_export(exported: ExportedProgram, interface: Interface = OURS) -> KVProgram:
+    """A KVProgram over the parameters of `exported`; nodes are renamed by operator and order of appearance.
+
+    `interface` says what its inputs and outputs are.
+    """
     signature = exported.graph_signature
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
@@ -100,9 +104,7 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
     placed: dict[Node, Node] = {}
     live: dict[str, Tensor] = {}
     parameters = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in attributes]
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and node.name not in attributes:
-            placed[node] = graph.placeholder(str(node.target))
+    ids, positions = (graph.placeholder(role.value) for role in (Role.INPUT_IDS, Role.POSITION_IDS))
     for node in parameters:
         if not node.users:  # the dead twin of a tied weight
             continue
@@ -110,6 +112,10 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
         target = name.removeprefix("model.")  # the atom that _Signature added
         live[target] = tensors[name]
         placed[node] = graph.create_node("get_attr", target)
+    known = {interface.ids: ids, interface.positions: positions}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name not in attributes and node.users:
+            placed[node] = known.get(node.name) or _all_ones(graph, ids, node.meta["val"].dtype)
     for node in exported.graph.nodes:
         if node.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), placed.__getitem__)
@@ -120,7 +126,7 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
                 f"node {node.name}: the export holds a {node.op!r}; only operator calls are understood"
             )
     (returned,) = exported.graph.output_node().args
-    graph.output(torch.fx.node.map_arg(returned, placed.__getitem__))
+    graph.output((placed[returned[interface.logits]],))
     graph.eliminate_dead_code()
 
     inputs = tuple(Port(str(n.target), Role(str(n.target))) for n in graph.nodes if n.op == "placeholder")
@@ -135,6 +141,13 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
     shape = (program.shapes.dim("B", EXAMPLE_BATCH + 1), program.shapes.dim("S", EXAMPLE_LENGTH + 5))
     assign_values(program, {p.name: program.shapes.empty(shape, torch.int64, device) for p in inputs})
     return program
+
+
+def _all_ones(graph: Graph, ids: Node, dtype: torch.dtype) -> Node:
+    """A padding mask [B, S] where there is no padding."""
+    size = torch.ops.aten.sym_size.int
+    sizes = [graph.call_function(size, (ids, axis)) for axis in range(2)]
+    return graph.call_function(torch.ops.aten.ones.default, (sizes,), {"dtype": dtype})
 
 
 def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
