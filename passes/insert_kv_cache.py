@@ -46,13 +46,20 @@ class InsertKVCache(Pass):
             lengths = builder.placeholder(Port("lengths", Role.LENGTHS), value)
         caches = [self._placeholders(program, builder, site) for site in sites]
         for site, (keys, values) in zip(sites, caches, strict=True):
+            positions = self._positions(program, builder, site, keys)
             if lengths is None:
                 new_keys, new_values = _store(builder, site, keys, values)
             else:
                 new_keys, new_values = _append(builder, site, keys, values, lengths)
-                _attend(builder, site, new_keys, new_values, lengths)
+            if positions is not None:
+                positions = _place_positions(program, builder, site, positions, lengths)
+            if lengths is not None:
+                _attend(builder, site, new_keys, new_values, lengths, positions)
             program.add_output(Port(f"keys_out_{site.layer}", Role.KEYS, site.layer, keys.name), new_keys)
             program.add_output(Port(f"values_out_{site.layer}", Role.VALUES, site.layer, values.name), new_values)
+            if positions is not None:
+                port = Port(f"positions_out_{site.layer}", Role.POSITIONS, site.layer, f"positions_{site.layer}")
+                program.add_output(port, positions)
         program.graph.eliminate_dead_code()
         return len(sites)
 
@@ -70,9 +77,17 @@ class InsertKVCache(Pass):
             nodes.append(builder.placeholder(Port(f"{role.value}_{site.layer}", role, site.layer), value))
         return nodes[0], nodes[1]
 
+    def _positions(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, keys: Node) -> Node | None:
+        """Where each entry of the cache stands in the text, for a layer whose scores depend on that."""
+        if site.slopes is None:
+            return None
+        like = keys.meta["val"]
+        value = program.shapes.empty(like.shape[:3], torch.int64, like.device)
+        return builder.placeholder(Port(f"positions_{site.layer}", Role.POSITIONS, site.layer), value)
+
 
 def store_prefix(cache: Tensor, new: Tensor) -> Tensor:
-    """Write new [B, Hkv, n, D] to the first n slots of cache [B, Hkv, C, D]."""
+    """Write new [B, Hkv, n, ...] to the first n slots of cache [B, Hkv, C, ...]."""
     return torch.slice_scatter(cache, new, dim=2, start=0, end=new.shape[2])
 
 
@@ -89,10 +104,7 @@ def _append(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node
 
     def append(keys: Tensor, values: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, tokens, _ = k.shape
-        row = torch.arange(batch, device=k.device)[:, None, None]
-        head = torch.arange(heads, device=k.device)[:, None]
-        slot = (lengths[layer][:, None] + torch.arange(tokens, device=k.device))[:, None]
-        where = (row, head, slot)
+        where = _next_slots(lengths[layer], batch, heads, tokens)
         return torch.index_put(keys, where, k), torch.index_put(values, where, v)
 
     inputs = [keys, values, lengths, site.keys, site.values]
@@ -100,24 +112,61 @@ def _append(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node
     return new_keys, new_values
 
 
-def _attend(builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node) -> None:
-    layer, window, scale, softcap = site.layer, site.window, site.scale, site.softcap
+def _next_slots(lengths: Tensor, batch: int, heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, head and slot of new tokens behind `lengths` [B] entries; as indices they are [B, Hkv, S]."""
+    row = torch.arange(batch, device=lengths.device)[:, None, None]
+    head = torch.arange(heads, device=lengths.device)[:, None]
+    slot = (lengths[:, None] + torch.arange(tokens, device=lengths.device))[:, None]
+    return row, head, slot
 
-    def attended(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *sinks: Tensor) -> Tensor:
+
+def _place_positions(
+    program: KVProgram, builder: GraphBuilder, site: AttentionSite, positions: Node, lengths: Node | None
+) -> Node:
+    """The new tokens' positions go where their keys go."""
+    layer = site.layer
+
+    def place(positions: Tensor, position_ids: Tensor, *lengths: Tensor) -> Tensor:
+        heads, tokens = positions.shape[1], position_ids.shape[1]
+        new = position_ids[:, None].expand(-1, heads, -1)
+        if not lengths:
+            return store_prefix(positions, new)
+        return torch.index_put(positions, _next_slots(lengths[0][layer], new.shape[0], heads, tokens), new)
+
+    inputs = [positions, program.input_node(Role.POSITION_IDS), *([lengths] if lengths else [])]
+    (new,) = builder.inline(place, inputs, names=["positions_out"], layer=layer, like=site.node)
+    return new
+
+
+def _attend(
+    builder: GraphBuilder, site: AttentionSite, keys: Node, values: Node, lengths: Node, positions: Node | None
+) -> None:
+    layer, window, scale, softcap = site.layer, site.window, site.scale, site.softcap
+    extras = {"sinks": site.sinks} if site.sinks else {}
+    if site.slopes is not None and positions is not None:
+        position_ids = builder.program.input_node(Role.POSITION_IDS)
+        extras |= {"slopes": site.slopes, "positions": positions, "position_ids": position_ids}
+
+    def attended(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *extra: Tensor) -> Tensor:
         _, heads, tokens, _ = q.shape
         groups = heads // keys.shape[1]
         slots = lengths[layer][:, None] + torch.arange(tokens, device=q.device)
         mask = cache_mask(slots, keys.shape[2], window)
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, G * S, C]
         grouped = q.unflatten(1, (keys.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G * S, D]
-        columns = None
-        for sink in sinks:  # [H] to a column for each grouped query, [Hkv, G * S, 1]
-            columns = sink.unflatten(0, (keys.shape[1], groups)).repeat_interleave(tokens, dim=1)[..., None]
-        out = attend(grouped, keys, values, mask, scale=scale, softcap=softcap, sinks=columns)
+        given = dict(zip(extras, extra, strict=True))
+        columns = bias = None
+        if "sinks" in given:  # [H] to a column for each grouped query, [Hkv, G * S, 1]
+            columns = given["sinks"].unflatten(0, (keys.shape[1], groups)).repeat_interleave(tokens, dim=1)[..., None]
+        if "slopes" in given:  # as `distance_bias`, but the KV heads of a layer hold different tokens
+            distance = given["positions"][:, :, None, None] - given["position_ids"][:, None, None, :, None]
+            slopes = given["slopes"].unflatten(0, (keys.shape[1], groups))[..., None, None]
+            bias = (slopes * distance).flatten(2, 3)  # [B, Hkv, G * S, C]
+        out = attend(grouped, keys, values, mask, scale=scale, softcap=softcap, sinks=columns, bias=bias)
         ungrouped: Tensor = out.unflatten(2, (groups, tokens)).flatten(1, 2)
         return ungrouped
 
-    inputs = [site.queries, keys, values, lengths, *([site.sinks] if site.sinks else [])]
+    inputs = [site.queries, keys, values, lengths, *extras.values()]
     (out,) = builder.inline(attended, inputs, names=["attended"], layer=layer, like=site.node)
     site.node.replace_all_uses_with(out)
     builder.program.graph.erase_node(site.node)

@@ -35,6 +35,8 @@ class SpliceEvict(Pass):
                 continue
             for role, held in ((Role.KEYS, left["keys_kept"]), (Role.VALUES, left["values_kept"])):
                 self._store(program, builder, role, site.layer, held, site.node)
+            if site.slopes is not None and "kept" in left:
+                self._store(program, builder, Role.POSITIONS, site.layer, left["kept"], site.node)
             for role in (Role.KEPT, Role.COUNT):
                 if role.value in left:
                     program.add_output(Port(f"{role.value}_{site.layer}", role, site.layer), left[role.value])

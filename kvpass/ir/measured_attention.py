@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.ir.attention_op import attend, distance_bias
+from kvpass.ir.attention_site import is_attention
 from kvpass.ir.program import KVProgram, Role
-from kvpass.ir.subgraph import Subgraph
+from kvpass.ir.subgraph import Subgraph, argument
 from kvpass.ir.symbols import Size
 from kvpass.ir.written_attention import Layout, WrittenAttention, layout_of
 
@@ -43,6 +44,7 @@ class Probe:
         self.program, self.attention = program, attention
         states = (attention.queries, attention.keys, attention.values)
         self.layouts = [_layout(program, node) for node in states]
+        self.biased = is_attention(attention.softmax)
         self.result = _layout(program, attention.out, merged=True)
         self.whole = Subgraph(states, (attention.out,))
         self.logits = Subgraph(states[:2], (attention.scores,))
@@ -61,7 +63,15 @@ class Probe:
             **given,
         }
         (found,) = self.logits.run(tensors, sizes, dtype=q.dtype if q.dtype == EXACT else None)
+        if self.biased:
+            keys = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
+            found = q @ keys.transpose(2, 3) * self._scale() + found
         return found.reshape(q.shape[0], q.shape[1], q.shape[2], -1)
+
+    def _scale(self) -> float:
+        """The scale of an attention node."""
+        scale = argument(self.attention.softmax, "scale")
+        return float(scale) if isinstance(scale, int | float) else float(self.width) ** -0.5
 
     def allowed(self, q: Tensor, k: Tensor, given: Mapping[Node, Tensor], sizes: Mapping[str, Size]) -> Tensor:
         """Which keys have a chance, bool[B, H, S, S], at states that are all zero."""
