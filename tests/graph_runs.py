@@ -13,7 +13,9 @@ from kvpass.press import Press
 class GraphRun:
     """One text, read by the graphs of all phases; with a press each layer keeps `keep` pairs of its first tokens."""
 
-    def __init__(self, located: KVProgram, batch: int, capacity: int, press: Press | None = None, keep: int = 0) -> None:
+    def __init__(
+        self, located: KVProgram, batch: int, capacity: int, press: Press | None = None, keep: int = 0
+    ) -> None:
         self.located, self.press, self.keep, self.capacity = located, press, keep, capacity
         self.batch, self.seen, self.stored = batch, 0, 0
         self.graphs: dict[Phase, KVProgram] = {}

@@ -80,17 +80,18 @@ class Probe:
 
     def measure(self) -> Measured:
         """Raises `NotAttentionError` if the numbers found do not explain what is computed."""
-        measured = self._read_out()
-        for length in LENGTHS:
-            self._prove(measured, min(length, self.program.max_tokens))
+        with torch.no_grad():
+            measured = self._read_out()
+            for length in LENGTHS:
+                self._prove(measured, min(length, self.program.max_tokens))
         return measured
 
     def _read_out(self) -> Measured:
         """One token that sees itself and the one before it tells scale, cap and slope; the first one the sinks."""
         still = self._pair(0.0)
         slopes = still[:, 1, 1] - still[:, 1, 0]
-        steps = {t: float((self._pair(t) - still)[0, 1, 1] - (self._pair(t) - still)[0, 1, 0]) for t in (1.0, 1e6, 2e6)}
-        one, far, further = steps[1.0], steps[1e6], steps[2e6]
+        changes = [(self._pair(product) - still)[0, 1] for product in (1.0, 1e6, 2e6)]
+        one, far, further = (float(row[1] - row[0]) for row in changes)
         if abs(further - 2 * far) <= 1e-6 * abs(further):
             scale, softcap = one, None
         elif abs(further - far) <= 1e-9 * abs(far) and abs(one) < abs(far):
