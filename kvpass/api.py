@@ -19,8 +19,9 @@ from kvpass.pass_manager import PassManager, PassRecord
 from kvpass.pipeline import capture_passes
 from kvpass.press import Press
 from kvpass.registry import resolve_press
-from kvpass.runtime.cache import CacheLayout, LayerLayout
-from kvpass.runtime.model import CompiledModel, Recipe
+from kvpass.runtime.execution import Recipe
+from kvpass.runtime.layout import CacheLayout, LayerLayout
+from kvpass.runtime.model import CompiledModel
 from kvpass.runtime.phases import PhaseGraphs, PrintIR
 
 
@@ -145,13 +146,13 @@ def _with_delimiter(press: Press | None, delimiter: int) -> Press:
 def _selected(located: KVProgram, layers: Iterable[int] | Callable[[int], bool] | None) -> frozenset[int] | None:
     if layers is None:
         return None
-    windows = {site.layer: site.window for site in attention_sites(located)}
-    chosen = {layer for layer in windows if layers(layer)} if callable(layers) else set(layers)
-    if unknown := sorted(chosen - set(windows)):
-        raise PressError(f"layers={unknown}: the model has layers 0 to {len(windows) - 1}")
-    if windowed := sorted(layer for layer in chosen if windows[layer] is not None and not callable(layers)):
-        raise PressError(f"layers={windowed} have a sliding window and keep that; press the others")
-    if not any(windows[layer] is None for layer in chosen):
+    pressable = {site.layer: site.pressable for site in attention_sites(located)}
+    chosen = {layer for layer in pressable if layers(layer)} if callable(layers) else set(layers)
+    if unknown := sorted(chosen - set(pressable)):
+        raise PressError(f"layers={unknown}: the model has layers 0 to {len(pressable) - 1}")
+    if windowed := sorted(layer for layer in chosen if not pressable[layer] and not callable(layers)):
+        raise PressError(f"layers={windowed} see a window or a chunk and keep that alone; press the others")
+    if not any(pressable[layer] for layer in chosen):
         raise PressError(f"layers={sorted(chosen)}: no layer is left to press; use press=None")
     return frozenset(chosen)
 
@@ -167,6 +168,7 @@ def _layers(located: KVProgram, press: Press | None, selected: frozenset[int] | 
                 value_size=int(values.shape[3]),
                 dtype=str(keys.dtype).removeprefix("torch."),
                 pressed=press is not None and site.pressable and (selected is None or site.layer in selected),
+                ring=site.mask.reach,
             )
         )
     return tuple(layers)

@@ -15,7 +15,7 @@ from kvpass.pass_manager import Pass
 
 @dataclass(frozen=True)
 class LocateAttention(Pass):
-    """Mark every attention over the tokens with its layer, module path and window. The graph text does not change.
+    """Mark every attention over the tokens with its layer, module path and mask. The graph text does not change.
 
     Layers are counted in the order of the graph: a module that is called twice has a cache for each call. Attention
     over something else than the tokens is left alone; `prove-token-local` proves that it needs no cache.
@@ -36,7 +36,7 @@ class LocateAttention(Pass):
         if all("site" in node.meta for node in attentions):
             return 0
         for layer, node in enumerate(attentions):
-            node.meta["site"] = SiteMark(layer, _module_path(node), node.meta.pop("window"))
+            node.meta["site"] = SiteMark(layer, _module_path(node), node.meta.pop("mask"))
             node._rename(f"attention_{layer}")
         program.layer_count = len(attentions)
         return len(attentions)

@@ -12,18 +12,19 @@ from kvpass.errors import UnsupportedModelError
 from kvpass.ir.attention_site import is_attention, is_over_tokens
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
-from kvpass.ir.masks import window_mask
+from kvpass.ir.masks import Causal, Sliding, classify, prompt_mask
 from kvpass.ir.program import KVProgram, Role, layer_of
 from kvpass.ir.rename import renumber
 from kvpass.ir.subgraph import Subgraph, argument
 from kvpass.pass_manager import Pass
 
 LENGTHS = (48, 61)  # at which a mask is evaluated; longer ones are added for windows that would not bite
+LONGEST = 2**15
 
 
 @dataclass(frozen=True)
 class NormalizeAttention(Pass):
-    """Replace masks by what they are (causal, or one shared window mask) and undo repeated KV heads.
+    """Replace masks by what they are (causal, or one shared mask per window or chunk) and undo repeated KV heads.
 
     Masks and repeats are recognised by evaluating them, never by their nodes.
 
@@ -37,15 +38,15 @@ class NormalizeAttention(Pass):
 
     def run(self, program: KVProgram) -> int:
         builder = GraphBuilder(program, self.name)
-        windows: dict[int, Node] = {}
+        masks: dict[Causal, Node] = {}
         attentions = [node for node in program.graph.nodes if is_attention(node) and is_over_tokens(program, node)]
         for node in attentions:
-            window = self._window(program, node)
+            kind = self._kind(program, node)
             mask = None
-            if window is not None:
-                if window not in windows:
-                    windows[window] = _shared_window_mask(program, builder, window)
-                mask = windows[window]
+            if kind.reach is not None:
+                if kind not in masks:
+                    masks[kind] = _shared_mask(program, builder, kind)
+                mask = masks[kind]
             queries, keys, values = (
                 argument(node, "query"),
                 _unrepeated(program, node, "key"),
@@ -58,13 +59,13 @@ class NormalizeAttention(Pass):
             capped = {name: value for name, value in node.kwargs.items() if name == "softcap"}
             node.args = (queries, keys, values, mask, 0.0, mask is None, *node.args[6:])  # sinks and slopes, if any
             node.kwargs = {"scale": scale, **grouped, **capped}
-            node.meta["window"] = window
+            node.meta["mask"] = kind
         program.graph.eliminate_dead_code()
         renumber(program)  # both roads of capture end here, in the same text
         return len(attentions)
 
-    def _window(self, program: KVProgram, node: Node) -> int | None:
-        """The window of a node's mask, `None` if it is plainly causal."""
+    def _kind(self, program: KVProgram, node: Node) -> Causal:
+        """What a node's mask lets tokens see."""
         where = f"layer {layer_of(node)}: not an attention kvpass can cache"
         mask = argument(node, "attn_mask")
         if mask is None:
@@ -72,13 +73,15 @@ class NormalizeAttention(Pass):
                 raise UnsupportedModelError(
                     f"{where}: no mask and is_causal=False, tokens see the future ({node.name})"
                 )
-            return None
+            return Causal()
         assert isinstance(mask, Node)
-        kinds = {_classify(allowed) for allowed in _evaluations(program, mask, where)}
-        bounded = {kind for kind in kinds if isinstance(kind, int)}
-        if "other" in kinds or len(bounded) > 1:
-            raise UnsupportedModelError(f"{where}: its mask {mask.name} is neither causal nor sliding-window")
-        return bounded.pop() if bounded else None
+        kinds = [classify(allowed) for allowed in _evaluations(program, mask, where)]
+        bounded = {kind for kind in kinds if kind is not None and kind.reach is not None}
+        if None in kinds or len(bounded) > 1:
+            raise UnsupportedModelError(
+                f"{where}: its mask {mask.name} is neither causal nor a sliding window nor chunks"
+            )
+        return bounded.pop() if bounded else Causal()
 
 
 def _evaluations(program: KVProgram, mask: Node, where: str) -> Iterator[Tensor]:
@@ -87,7 +90,13 @@ def _evaluations(program: KVProgram, mask: Node, where: str) -> Iterator[Tensor]
     ids, positions = program.input_node(Role.INPUT_IDS), program.input_node(Role.POSITION_IDS)
     if ids in compute.leaves():
         raise UnsupportedModelError(f"{where}: its mask {mask.name} depends on the tokens")
-    constants = {a for n in compute.body for a in n.args if isinstance(a, int) and LENGTHS[0] <= a <= 2**15}
+    numbers = {a for n in compute.body for a in n.args if isinstance(a, int) and a >= LENGTHS[0]}
+    constants = {number for number in numbers if number < program.max_tokens}  # others never matter
+    if too_long := {number for number in constants if number > LONGEST}:
+        raise UnsupportedModelError(
+            f"{where}: its mask {mask.name} holds {sorted(too_long)}, perhaps a window; masks are evaluated up to "
+            f"{LONGEST} tokens. If your texts are shorter, say so with max_tokens={min(too_long)}"
+        )
     rows = [_rows(n) for n in compute.body if n.target is torch.ops.aten.index_select.default]
     longest = min([*rows, program.max_tokens])  # of the tables that the mask is looked up in
     for length in {min(n, longest) for n in (*LENGTHS, *(constant + 13 for constant in constants))}:
@@ -104,21 +113,12 @@ def _rows(lookup: Node) -> int:
     return int(table.meta["val"].shape[axis])
 
 
-def _classify(allowed: Tensor) -> int | str:
-    """`causal`, the size of a window, or `other`; allowed bool[heads, S, S]."""
-    length = allowed.shape[-1]
-    window = int(allowed[0, -1].sum())
-    expected = window_mask(length, window, allowed.device)
-    if not bool((allowed == expected).all()):
-        return "other"
-    return "causal" if window == length else window
-
-
-def _shared_window_mask(program: KVProgram, builder: GraphBuilder, window: int) -> Node:
+def _shared_mask(program: KVProgram, builder: GraphBuilder, kind: Causal) -> Node:
     def mask(input_ids: Tensor) -> Tensor:
-        return window_mask(input_ids.shape[1], window, input_ids.device)
+        return prompt_mask(kind, input_ids.shape[1], input_ids.device)
 
-    (node,) = builder.inline(mask, [program.input_node(Role.INPUT_IDS)], names=[f"window_{window}_mask"])
+    name = f"{'window' if isinstance(kind, Sliding) else 'chunk'}_{kind.reach}_mask"
+    (node,) = builder.inline(mask, [program.input_node(Role.INPUT_IDS)], names=[name])
     return node
 
 

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from kvpass.ir.attention_site import attention_sites
+from kvpass.ir.attention_site import AttentionSite, attention_sites
 from kvpass.ir.builder import GraphBuilder
+from kvpass.ir.cache_code import store_prefix, store_ring
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram, Port, Role
 from kvpass.pass_manager import Pass
-from kvpass.passes.insert_kv_cache import store_prefix
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class SpliceEvict(Pass):
             left = {role: nodes[name] for role, name in site.node.meta.get("press", {}).items()}
             if not left or site.node.meta.get("evicted"):
                 continue
-            for role, held in ((Role.KEYS, left["keys_kept"]), (Role.VALUES, left["values_kept"])):
-                self._store(program, builder, role, site.layer, held, site.node)
-            if site.slopes is not None and "kept" in left:
-                self._store(program, builder, Role.POSITIONS, site.layer, left["kept"], site.node)
+            for role, tap in ((Role.KEYS, site.keys), (Role.VALUES, site.values)):
+                if (held := left[f"{role.value}_kept"]) is not tap:  # else this half of the layer stays as it is
+                    self._store(program, builder, role, site, held)
+            if site.tracks_positions and "kept" in left:
+                self._store(program, builder, Role.POSITIONS, site, left["kept"])
             for role in (Role.KEPT, Role.COUNT):
                 if role.value in left:
                     program.add_output(Port(f"{role.value}_{site.layer}", role, site.layer), left[role.value])
@@ -44,11 +45,10 @@ class SpliceEvict(Pass):
             matches += 1
         return matches
 
-    def _store(self, program: KVProgram, builder: GraphBuilder, role: Role, layer: int, held: Node, like: Node) -> None:
-        old = program.output_value(role, layer)
-        if held is old.args[1]:  # this half of the layer stays as it is
-            return
-        cache = program.input_node(role, layer)
-        (new,) = builder.inline(store_prefix, [cache, held], names=[f"{role.value}_stored"], layer=layer, like=like)
+    def _store(self, program: KVProgram, builder: GraphBuilder, role: Role, site: AttentionSite, held: Node) -> None:
+        old, cache = program.output_value(role, site.layer), program.input_node(role, site.layer)
+        store = store_prefix if site.pressable else store_ring(site.mask)
+        names = [f"{role.value}_stored"]
+        (new,) = builder.inline(store, [cache, held], names=names, layer=site.layer, like=site.node)
         old.replace_all_uses_with(new)
         program.graph.erase_node(old)

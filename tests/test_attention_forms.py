@@ -119,10 +119,8 @@ class _Blinded(Interpreter):
         taps = (site.queries, site.keys, site.values, site.sinks, site.slopes)
         q, k, v, sinks, slopes = (None if tap is None else self.env[tap] for tap in taps)
         position = torch.arange(q.shape[2])
-        seen = position <= position[:, None]
-        if not site.pressable:
-            seen &= position > position[:, None] - 16
-        elif site.pressable:
+        seen = site.mask.allowed(position[:, None], position)
+        if site.pressable:
             dropped = (position >= 3) & (position < PROMPT - KEPT + 3)
             seen &= ~dropped | (position[:, None] < PROMPT)
         bias = None if slopes is None else distance_bias(slopes, position, position)
@@ -147,7 +145,7 @@ def test_written_out_or_through_the_registry_it_is_one_attention(name: str) -> N
         program = PassManager(capture_passes()).run(capture(model, registry=registry))
         found.append(
             [
-                (site.softcap, site.sinks and site.sinks.target, site.window, str(site.shape(site.values)[1:]))
+                (site.softcap, site.sinks and site.sinks.target, str(site.mask), str(site.shape(site.values)[1:]))
                 for site in attention_sites(program)
             ]
         )

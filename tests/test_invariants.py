@@ -59,7 +59,7 @@ def test_prompt_logits_are_those_of_the_model(arch: str) -> None:
         for model, ratio in models:
             out = model.prefill(ids)
             assert_logits(out.logits, expected)
-            kept = [tokens if sliding else kept_count(tokens, ratio) for sliding in sliding_layers(arch)]
+            kept = [min(tokens, WINDOW) if sliding else kept_count(tokens, ratio) for sliding in sliding_layers(arch)]
             assert [out.past_key_values.kept(layer) for layer in range(len(kept))] == kept
 
 
@@ -105,15 +105,17 @@ def test_sizes_that_capture_has_never_seen(arch: str, batch: int, tokens: int) -
     assert_logits(decode(model, out.past_key_values, ids[:, 2 * tokens :]), expected[:, 2 * tokens :])
 
 
-def test_sliding_layers_keep_everything() -> None:
-    """In gemma3_text: what the window bounds already is not compressed, full layers are."""
+def test_sliding_layers_keep_their_window() -> None:
+    """In gemma3_text: a ring of what a token can see, which does not grow; full layers are compressed."""
     model = compiled_model("gemma3_text", StreamingLLM(), ratio=0.75)
     cache = model.prefill(token_ids(1, 100)).past_key_values
     assert sliding_layers("gemma3_text") == [True, False, True, False]
-    assert [cache.kept(layer) for layer in range(4)] == [100, 25, 100, 25]
+    assert [cache.kept(layer) for layer in range(4)] == [16, 25, 16, 25]
+    buffers = [t.data_ptr() for t in cache.buffers(0)]
     decode(model, cache, token_ids(1, 30, seed=1))
-    assert [cache.kept(layer) for layer in range(4)] == [130, 55, 130, 55]
-    assert torch.equal(cache.positions(0)[0, 0], torch.arange(130))
+    assert [cache.kept(layer) for layer in range(4)] == [16, 55, 16, 55]
+    assert torch.equal(cache.positions(0)[0, 0], torch.arange(114, 130))
+    assert cache.buffers(0)[0].shape == (1, 2, 16, 16) and [t.data_ptr() for t in cache.buffers(0)] == buffers
 
 
 def test_windows_are_right_far_beyond_the_window() -> None:

@@ -22,14 +22,14 @@ def test_only_the_chosen_layers_are_pressed(layers: object) -> None:
 def test_a_predicate_may_name_windowed_layers_which_are_never_pressed() -> None:
     model = compiled_model("gemma3_text", "knorm", ratio=0.5, layers=lambda layer: layer < 2)
     cache = model.prefill(token_ids(1, 60)).past_key_values
-    assert [cache.kept(layer) for layer in range(4)] == [60, 30, 60, 60]
+    assert [cache.kept(layer) for layer in range(4)] == [16, 30, 16, 60]
 
 
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
         ([7], r"layers=\[7\]: the model has layers 0 to 3"),
-        ([0, 1], r"layers=\[0\] have a sliding window"),
+        ([0, 1], r"layers=\[0\] see a window or a chunk"),
         ([], r"no layer is left to press"),
         (lambda layer: False, "no layer is left to press"),
     ],

@@ -19,7 +19,22 @@ from kvpass.ir.symbols import SymbolicShapes
 
 # Sizes of the example. A dynamic size of 1 would be frozen, and equal sizes could be taken for one another.
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 24
-DECOMPOSED = (torch.ops.aten.baddbmm.default,)  # its fake form refuses symbolic sizes
+
+
+def _complex(real: Tensor, imaginary: Tensor) -> Tensor:
+    return torch.view_as_complex(torch.stack([real, imaginary], dim=-1))
+
+
+def _polar(size: Tensor, angle: Tensor) -> Tensor:
+    return _complex(size * angle.cos(), size * angle.sin())
+
+
+# Operators stay whole, but for those whose fake kernels freeze sizes, or refuse symbolic ones (baddbmm).
+DECOMPOSITIONS = {
+    torch.ops.aten.polar.default: _polar,
+    torch.ops.aten.complex.default: _complex,
+    **get_decompositions((torch.ops.aten.baddbmm.default,)),
+}
 
 
 class _Signature(nn.Module):
@@ -65,7 +80,7 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
         exported = torch.export.export(
             _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
         )
-        functional: ExportedProgram = exported.run_decompositions(get_decompositions(DECOMPOSED))
+        functional: ExportedProgram = exported.run_decompositions(DECOMPOSITIONS)
         return functional
 
 

@@ -1,25 +1,24 @@
 """Capture a causal LM of transformers through its public attention registry.
 
 The only module that knows how transformers' models are built. The model is asked to attend with a function of ours
-that emits one `scaled_dot_product_attention` a layer, KV heads not repeated, no mask code but for sliding windows;
-its own choice of attention is put back afterwards, whatever happens.
+that emits one `scaled_dot_product_attention` a layer, KV heads not repeated; its own choice of attention is put back
+afterwards, whatever happens.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvpass.capture.export import export_model
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.attention_op import ATTENTION
-from kvpass.ir.masks import window_mask
+from kvpass.ir.masks import Sliding, prompt_mask
 
 NAME = "kvpass"
 # What a model may hand to its attention that no attention node expresses.
@@ -49,10 +48,9 @@ def _attend(
             )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"layer {layer} ({type(module).__name__}): attention is not causal")
-    window = options.get("sliding_window")
-    mask = None if window is None else window_mask(query.shape[2], int(window), query.device)
-    with torch.fx.traceback.annotate({NAME: {"layer": layer, "window": window}}):
-        out = _attention(query, key, value, mask, scaling, options)
+    if attention_mask is None and (window := options.get("sliding_window")) is not None:
+        attention_mask = prompt_mask(Sliding(int(window)), query.shape[2], query.device)
+    out = _attention(query, key, value, attention_mask, scaling, options)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -74,8 +72,10 @@ def _attention(
     return out
 
 
-def _no_mask(**_: Any) -> None:
-    """`_attend` makes the masks itself."""
+def _mask(*args: Any, **options: Any) -> Tensor | None:
+    """The mask as transformers makes it for SDPA, written out: `normalize-attention` finds out what it is."""
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **options)
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def export_transformers(model: PreTrainedModel, max_tokens: int) -> ExportedProg
         return _attend(*args, **options)
 
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     with attending_with(model, NAME) as name:
         exported = export_model(model, {"use_cache": False}, max_tokens) if name == NAME else None
     if exported is None or not calls:

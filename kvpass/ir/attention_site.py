@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from kvpass.ir.attention_op import ATTENTION
+from kvpass.ir.masks import Causal
 from kvpass.ir.program import KVProgram
 from kvpass.ir.subgraph import argument
 from kvpass.ir.symbols import Size
@@ -20,7 +21,7 @@ class SiteMark:
 
     layer: int
     path: str
-    window: int | None
+    mask: Causal
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class AttentionSite:
 
     layer: int
     path: str  # module path, e.g. model.layers.3.self_attn
-    window: int | None  # tokens that a query sees, itself included; None: all before it
+    mask: Causal  # which tokens a token sees
     node: Node  # the attention node, [B, H, S, D]
     queries: Node  # [B, H, S, D], after RoPE
     keys: Node  # [B, Hkv, S, D], after RoPE
@@ -40,9 +41,20 @@ class AttentionSite:
     slopes: Node | None  # [H], ALiBi: added to a score for each token that the key lies further on
 
     @property
+    def extras(self) -> dict[str, Node]:
+        """The tensors beside queries, keys and values that its attention reads."""
+        named = {"sinks": self.sinks, "slopes": self.slopes}
+        return {name: node for name, node in named.items() if node is not None}
+
+    @property
+    def tracks_positions(self) -> bool:
+        """Whether the cache must say where in the text an entry was: scores depend on it, and entries are dropped."""
+        return self.slopes is not None and self.pressable
+
+    @property
     def pressable(self) -> bool:
-        """Sliding-window layers are bounded already and keep what they have."""
-        return self.window is None
+        """Layers of windows or chunks are bounded already and keep what they can see."""
+        return self.mask.reach is None
 
     def shape(self, tap: Node) -> tuple[Size, ...]:
         return tuple(tap.meta["val"].shape)
@@ -76,7 +88,7 @@ def _site(node: Node, mark: SiteMark) -> AttentionSite:
     return AttentionSite(
         layer=mark.layer,
         path=mark.path,
-        window=mark.window,
+        mask=mark.mask,
         node=node,
         queries=queries,
         keys=keys,

@@ -16,7 +16,8 @@ class Role(Enum):
 
     INPUT_IDS = "input_ids"  # i64[B, S]
     POSITION_IDS = "position_ids"  # i64[B, S], positions in the original text
-    LENGTHS = "lengths"  # i64[L, B], occupied cache slots before this call
+    LENGTHS = "lengths"  # i64[L, B], occupied cache slots before this call; of a ring, tokens seen
+    NEW_TOKENS = "new_tokens"  # i64[B], how many of the S tokens are meant; those behind them are padding
     SIZE = "size"  # f32[n]; only its length counts, e.g. the pairs that a pressed layer keeps
     SCALAR = "scalar"  # f32[]
     KEYS = "keys"  # [B, Hkv, C, D], one per layer

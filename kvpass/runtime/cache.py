@@ -1,54 +1,25 @@
 """The compressed cache: preallocated, written in place by the graphs, with the text position of every entry."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
 from kvpass.errors import CacheError
+from kvpass.runtime.layout import CacheLayout, Context, Extent
 
-GRANULE = 64  # capacities grow in steps of at least this many slots
-FORMAT = "kvpass-cache-2"
-
-
-@dataclass(frozen=True)
-class LayerLayout:
-    """What one layer stores per batch row."""
-
-    heads: int  # Hkv
-    key_size: int
-    value_size: int
-    dtype: str  # of torch, without the prefix: "float32"
-    pressed: bool
-
-    def shapes(self, batch: int, capacity: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (
-            (batch, self.heads, capacity, self.key_size),
-            (batch, self.heads, capacity, self.value_size),
-        )
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """What a model stores, and which model it is."""
-
-    layers: tuple[LayerLayout, ...]
-    model_id: str
-    capacity: int | None = None  # slots per layer that are never exceeded; None: grows as needed
+Stored = dict[int, tuple[Tensor, Tensor]]
 
 
 class CompressedCache(Cache):
     """Keys and values of all layers, and where in the text each entry comes from.
 
-    `get_seq_length()` and `seen_tokens` count the tokens of the text, `kept(layer)` the entries that are left of
-    them. A slot is where an entry lies, a position which token it was.
+    `get_seq_length()` counts the columns of the caller's text, `seen_tokens` the tokens of its longest row,
+    `kept(layer)` the entries that are left of them. A slot is where an entry lies, a position which token it was.
+    Rows may differ in all of these. Layers of windows or chunks keep a ring of what a token can reach.
     """
 
     is_compileable = False  # keeps transformers from compiling around it
@@ -58,17 +29,14 @@ class CompressedCache(Cache):
         super().__init__(layers=[])
         self.layout = layout
         self.device = torch.device(device)
-        self.seen_tokens = 0
-        self._rows: int | None = None
+        self._extent = Extent()
+        self._context = Context()
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._kept: list[Tensor | None] = [None] * len(layout.layers)  # positions of what the prefill left
-        self._used = [0] * len(layout.layers)
-        self._context = (0, [0] * len(layout.layers))  # seen_tokens and entries at the end of the prefill
-        self._counts: Tensor | None = None  # i64[L, B], entries at the end of the prefill, where rows differ
-        self._shift = 0  # how much earlier than its place in the text a new token stands, after a re-rotation
-        self._removed = 0  # tokens of the prompt that the model never saw: a delimiter
-        self.lengths = torch.empty(0)
+        self._rings: Stored = {}  # those at the end of the context, kept from when new tokens overwrite them
+        self.lengths = torch.empty(0)  # i64[L, B], entries in use; of rings, tokens seen
+        self.next_of_rows = torch.empty(0)  # i64[B], the position of the next token
 
     # -- what the graphs read and write ------------------------------------------------------------------------
 
@@ -77,198 +45,234 @@ class CompressedCache(Cache):
         return self._keys[layer], self._values[layer]
 
     def allocate(self, batch: int, entries: Sequence[int]) -> None:
-        """Room for a fresh prefill that leaves `entries[layer]` in each layer."""
-        self._rows = batch
+        """Room for a fresh prefill that leaves at most `entries[layer]` in each row of a layer."""
         self._keys, self._values = [], []
         with torch.inference_mode(False):
             for layer, need in zip(self.layout.layers, entries, strict=True):
                 dtype = getattr(torch, layer.dtype)
-                shapes = layer.shapes(batch, self._capacity(need, layer))
+                shapes = layer.shapes(batch, self.layout.slots(layer, need))
                 keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for shape in shapes)
                 self._keys.append(keys)
                 self._values.append(values)
             self.lengths = torch.zeros(len(entries), batch, dtype=torch.int64, device=self.device)
+            self.next_of_rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._extent = Extent(seen=(0,) * batch)
+        self._context = Context.of_plain_text(self._extent, len(entries))
 
     def begin(
-        self,
-        seen_tokens: int,
-        kept: Sequence[Tensor | None],
-        entries: Sequence[int],
-        *,
-        counts: Mapping[int, Tensor] | None = None,
-        next_position: int | None = None,
+        self, context: Context, kept: Sequence[Tensor | None], counts: Mapping[int, Tensor] | None = None
     ) -> None:
         """Note what a prefill has written.
 
-        kept[layer]: i64[B, Hkv, n], or None if all of it. entries[layer]: slots written. counts[layer]: i64[B], how
-        many of them are occupied in each row, where the press decided; asking for them is one synchronisation.
-        next_position: where the text goes on, if not behind the tokens seen.
+        kept[layer]: i64[B, Hkv, n], or None if all of it. counts[layer]: i64[B], how many of the slots are occupied
+        in each row, where the press decided; asking for them is one synchronisation.
         """
         self._kept = list(kept)
-        self._used = list(entries)
-        self.seen_tokens = seen_tokens
-        self._shift = seen_tokens - (seen_tokens if next_position is None else next_position)
-        self._counts = None
         if counts:
-            written = torch.tensor(entries, device=self.device)[:, None].expand_as(self.lengths).clone()
-            for layer, count in counts.items():
-                written[layer] = count
-            self._counts = written
-            self._used = [max(row) for row in written.tolist()]
+            found = torch.stack(list(counts.values())).tolist()
+            entries = list(context.entries)
+            for layer, row in zip(counts, found, strict=True):
+                entries[layer] = tuple(row)
+            context = Context(context.extent, context.next_positions, tuple(entries))
+        self._context, self._extent = context, context.extent
+        self._rings = {}
+        if counts:
             self._trim()
-        self._context = (seen_tokens, list(self._used))
         self._sync_lengths()
-
-    def note_removed(self, tokens: int) -> None:
-        """Note that the caller's text holds tokens that the model does not see."""
-        self._removed = tokens
-
-    @property
-    def next_position(self) -> int:
-        """The position of the next token."""
-        return self.seen_tokens - self._shift
 
     def _trim(self) -> None:
         """Give back the room of what was decided to be dropped, where it is worth a copy."""
         for index, layer in enumerate(self.layout.layers):
-            if self.layout.capacity is not None:
-                return
-            used = self._used[index]
-            capacity, kept = self._capacity(used, layer), self._kept[index]
+            if self.layout.capacity is not None or layer.ring is not None:
+                continue
+            used, kept = self.kept(index), self._kept[index]
+            capacity = self.layout.slots(layer, used)
             if kept is not None:
                 self._kept[index] = kept[:, :, :used]
             if capacity < 0.75 * self._keys[index].shape[2]:
-                with torch.inference_mode(False):
-                    self._keys[index] = self._resized(self._keys[index], capacity, used)
-                    self._values[index] = self._resized(self._values[index], capacity, used)
+                self._resize(index, capacity)
 
     def reserve(self, tokens: int) -> None:
         """Make sure that `tokens` more entries fit; grows in steps, so that growth is rare."""
         for index, layer in enumerate(self.layout.layers):
-            need = self._used[index] + tokens
-            if need > self._keys[index].shape[2]:
-                capacity = self._capacity(need, layer)
-                with torch.inference_mode(False):
-                    self._keys[index] = self._resized(self._keys[index], capacity, self._used[index])
-                    self._values[index] = self._resized(self._values[index], capacity, self._used[index])
+            need = max(self._entries(index)) + tokens
+            slots = self._keys[index].shape[2]
+            if need > slots and slots != layer.ring:
+                self._resize(index, self.layout.slots(layer, need))
+            if layer.ring is not None and need > layer.ring and index not in self._rings:
+                self._keep_ring(index, layer.ring)
 
-    def advance(self, tokens: int) -> None:
-        """Note that `tokens` entries were appended to every layer."""
-        if self.seen_tokens == 0:  # a prompt that was kept whole is the context, as after a prefill
-            self._context = (tokens, [tokens] * len(self._used))
-        self.seen_tokens += tokens
-        self._used = [used + tokens for used in self._used]
-        self.lengths += tokens
+    def _keep_ring(self, index: int, ring: int) -> None:
+        """Keep what the context left in a ring before it is overwritten for the first time."""
+        whole = max(self._entries(index)) <= ring or self._context.extent == self._extent
+        if whole and self._extent.columns:
+            self._rings[index] = (self._keys[index].clone(), self._values[index].clone())
 
-    def _capacity(self, entries: int, layer: LayerLayout) -> int:
-        limit = self.layout.capacity
-        if limit is not None:
-            if entries > limit:
-                raise CacheError(
-                    f"the cache holds {limit} entries per layer, {entries} are needed; compile with a greater "
-                    "capacity=, with capacity=None (grows as needed), or with a greater ratio"
-                )
-            return limit
-        room = entries + max(256, entries // 8)
-        # Off the round numbers that prompts and budgets have: torch.compile takes equal sizes for one size.
-        return -(-room // GRANULE) * GRANULE + (8 if layer.pressed else 24)
+    def advance(self, columns: int, tokens: Sequence[int] | None = None) -> None:
+        """Note that `tokens[row]` entries, by default as many as `columns`, were appended to every layer."""
+        counted = tuple(tokens) if tokens is not None else (columns,) * self.lengths.shape[1]
+        first = self._extent.columns == 0
+        self._extent = self._extent.grown(columns, counted)
+        if first:  # a prompt that was kept whole is the context, as after a prefill
+            self._context = Context.of_plain_text(self._extent, len(self))
+        more = columns if tokens is None else torch.tensor(counted, device=self.device)
+        self.lengths += more
+        self.next_of_rows += more
 
-    def _resized(self, old: Tensor, capacity: int, used: int) -> Tensor:
-        batch, heads, _, size = old.shape
-        new = old.new_zeros(batch, heads, capacity, size)
-        new[:, :, :used] = old[:, :, :used]
-        return new
+    def _resize(self, index: int, capacity: int) -> None:
+        used = min(self._keys[index].shape[2], capacity)
+        with torch.inference_mode(False):
+            for buffers in (self._keys, self._values):
+                old = buffers[index]
+                new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+                new[:, :, :used] = old[:, :, :used]
+                buffers[index] = new
+
+    def _entries(self, layer: int) -> list[int]:
+        """How many entries each row has in use; of a ring, how many it has seen."""
+        context = self._context
+        rows = zip(context.entries[layer], self._extent.seen, context.extent.seen, strict=True)
+        return [entries + seen - before for entries, seen, before in rows]
 
     def _sync_lengths(self) -> None:
-        """Set `lengths` to what is in use now."""
-        used = torch.tensor(self._used, dtype=torch.int64)
-        if self._counts is None:
-            self.lengths.copy_(used[:, None].expand_as(self.lengths))
-        else:
-            appended = used - torch.tensor(self._context[1])
-            self.lengths.copy_(self._counts + appended[:, None].to(self.device))
+        """Set the tensors that graphs read to what is in use now."""
+        self.lengths.copy_(torch.tensor([self._entries(layer) for layer in range(len(self))], dtype=torch.int64))
+        self.next_of_rows.copy_(torch.tensor(self.next_positions, dtype=torch.int64))
 
     # -- what people read --------------------------------------------------------------------------------------
 
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens that were read, padding not counted; of the longest row."""
+        return self._extent.longest
+
+    @property
+    def seen_by_row(self) -> tuple[int, ...]:
+        """Tokens that each row has read; none while the cache is empty."""
+        return self._extent.seen
+
+    @property
+    def next_positions(self) -> tuple[int, ...]:
+        """The position of the next token of each row."""
+        context = self._context
+        rows = zip(context.next_positions, self._extent.seen, context.extent.seen, strict=True)
+        return tuple(position + seen - before for position, seen, before in rows)
+
+    @property
+    def next_position(self) -> int:
+        """The position of the next token, of the row where it is greatest."""
+        return max(self.next_positions, default=0)
+
     def keys(self, layer: int) -> Tensor:
-        """The occupied entries, in position order. [B, Hkv, n, D], a view; n is that of the fullest row"""
-        return self._keys[layer][:, :, : self._used[layer]]
+        """The occupied entries, in position order. [B, Hkv, n, D]; n is that of the fullest row. A view but of rings"""
+        return self._occupied(layer, self._keys)
 
     def values(self, layer: int) -> Tensor:
-        """The occupied entries, in position order. [B, Hkv, n, D], a view; n is that of the fullest row"""
-        return self._values[layer][:, :, : self._used[layer]]
+        """The occupied entries, in position order. [B, Hkv, n, D]; n is that of the fullest row. A view but of rings"""
+        return self._occupied(layer, self._values)
+
+    def _occupied(self, layer: int, buffers: list[Tensor]) -> Tensor:
+        ring = self.layout.layers[layer].ring
+        if ring is None or self.seen_tokens <= ring:
+            return buffers[layer][:, :, : self.kept(layer)]
+        slots = self.positions(layer).clamp(min=0) % ring
+        return buffers[layer].gather(2, slots[..., None].expand(-1, -1, -1, buffers[layer].shape[3]))
 
     def positions(self, layer: int) -> Tensor:
         """Which token of the text each entry was; -1 behind the end of a row that holds fewer. i64[B, Hkv, n]"""
-        heads, (context, entries) = self.layout.layers[layer].heads, self._context
-        kept = self._kept[layer]
-        if kept is None:
-            kept = torch.arange(entries[layer], device=self.device).expand(self._rows or 0, heads, -1)
-        appended = torch.arange(self._used[layer] - entries[layer], device=self.device) + context
-        found = torch.cat([kept, appended.expand(*kept.shape[:2], -1)], dim=-1)
-        if self._counts is None:
-            return found
-        slot = torch.arange(found.shape[-1], device=self.device)
-        count, length = self._counts[layer][:, None, None], self.lengths[layer][:, None, None]
-        found = torch.where(slot < count, found, slot - count + context)
-        return torch.where(slot < length, found, -1)
+        batch, heads, n = self.lengths.shape[1] if self._keys else 0, self.layout.layers[layer].heads, self.kept(layer)
+        slot = torch.arange(n, device=self.device).expand(batch, heads, n)
+        if not n:
+            return slot
+        seen = self._per_row(self._extent.seen)
+        if self.layout.layers[layer].ring is not None:
+            found = slot + (seen - n).clamp(min=0)
+            return torch.where(found < seen, found, -1)
+        count, context = self._per_row(self._context.entries[layer]), self._per_row(self._context.extent.seen)
+        found = torch.where(slot < count, slot, slot - count + context)
+        if (kept := self._kept[layer]) is not None:
+            width = min(n, kept.shape[2])
+            found[:, :, :width] = torch.where(slot[:, :, :width] < count, kept[:, :, :width], found[:, :, :width])
+        return torch.where(slot < self._per_row(self._entries(layer)), found, -1)
+
+    def _per_row(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)[:, None, None]
 
     def kept(self, layer: int) -> int:
         """How many entries each KV head of the layer holds, in the fullest row."""
-        return self._used[layer]
+        if not self._keys:
+            return 0
+        ring, entries = self.layout.layers[layer].ring, max(self._entries(layer))
+        return entries if ring is None else min(entries, ring)
 
     @property
     def batch_size(self) -> int | None:  # type: ignore[override]
         """Rows of the cache; None while it is empty."""
-        return self._rows
+        return self._keys[0].shape[0] if self._keys else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage of keys and values, free slots included."""
-        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
+        """Bytes of storage of keys and values, free slots and what `rewind` needs of rings included."""
+        rings = [t for pair in self._rings.values() for t in pair]
+        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values, *rings))
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the occupied entries alone."""
         layers = range(len(self._keys))
-        return sum(t.numel() * t.element_size() for i in layers for t in (self.keys(i), self.values(i)))
+        return sum(t[:, :, : self.kept(i)].nbytes for i in layers for t in (self._keys[i], self._values[i]))
 
     def __len__(self) -> int:
         return len(self.layout.layers)
 
     def __repr__(self) -> str:
-        return f"CompressedCache(seen_tokens={self.seen_tokens}, kept={self._used}, nbytes={self.nbytes})"
+        kept = [self.kept(layer) for layer in range(len(self))]
+        return f"CompressedCache(seen_tokens={self.seen_tokens}, kept={kept}, nbytes={self.nbytes})"
 
     # -- going back, copying -----------------------------------------------------------------------------------
 
     def rewind(self) -> Self:
         """Forget all that came after the context (the first prompt), so that another question can follow it."""
-        self.seen_tokens, self._used = self._context[0], list(self._context[1])
+        self._extent = self._context.extent
+        for layer, (keys, values) in self._rings.items():
+            self._keys[layer][:, :, : keys.shape[2]] = keys
+            self._values[layer][:, :, : values.shape[2]] = values
+        self._rings = {}
         if self._keys:
             self._sync_lengths()
         return self
 
     def crop(self, max_length: int) -> None:
-        """Forget the last tokens until `max_length` are seen (zero or less: that many fewer than now).
+        """Forget the last columns until `max_length` are left (zero or less: that many fewer than now).
 
-        Raises `CacheError` for what lies inside a compressed context: what was dropped does not come back.
+        Raises `CacheError` for what lies inside a compressed context, and where a ring has overwritten what would be
+        needed: what was dropped does not come back.
         """
-        max_length -= self._removed if max_length > 0 else 0
-        target = self.seen_tokens + max_length if max_length <= 0 else min(max_length, self.seen_tokens)
-        removed = self.seen_tokens - target
-        compressed = any(kept is not None for kept in self._kept)
+        extent, context = self._extent, self._context.extent
+        target = extent.columns + max_length if max_length <= 0 else min(max_length, extent.columns)
+        removed = extent.columns - target
+        if not removed:
+            return
         if target < 0:
-            raise CacheError(f"cannot crop {-max_length} tokens, the cache has seen {self.seen_tokens}")
-        if compressed and target < self._context[0]:
+            raise CacheError(f"cannot crop {-max_length} tokens, the cache has seen {extent.columns}")
+        if target == context.columns:
+            self.rewind()
+            return
+        compressed = any(kept is not None for kept in self._kept)
+        if compressed and target < context.columns:
             raise CacheError(
-                f"cannot crop to {target} tokens: the context of {self._context[0]} tokens is compressed; "
+                f"cannot crop to {target} tokens: the context of {context.columns} tokens is compressed; "
                 "prefill the shorter text instead"
             )
-        self.seen_tokens, self._used = target, [used - removed for used in self._used]
-        if target < self._context[0]:
-            self._context, self._counts = (target, list(self._used)), None
-        if removed:
-            self._sync_lengths()
+        rings = [layer.ring for layer in self.layout.layers if layer.ring is not None and layer.ring < extent.longest]
+        if rings or target < extent.whole:
+            why = f"a window of {min(rings)} tokens has moved on" if rings else "rows are padded there"
+            raise CacheError(f"cannot crop to {target} tokens: {why}; rewind(), copy() beforehand, or prefill again")
+        seen = tuple(tokens - removed for tokens in extent.seen)
+        self._extent = Extent(target, min(extent.whole, target), seen)
+        if target < context.columns:
+            self._context = Context.of_plain_text(self._extent, len(self))
+        self._sync_lengths()
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -276,29 +280,35 @@ class CompressedCache(Cache):
 
     def copy(self) -> "CompressedCache":
         """An independent cache with the same content."""
-        return self._mapped(Tensor.clone)
+        return self._selected(None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedCache":
         return self.copy()
 
-    def _mapped(self, change: Any) -> "CompressedCache":
+    def _selected(self, rows: Tensor | None) -> "CompressedCache":
+        """A cache of these rows (None: all), in new memory."""
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor.clone() if rows is None else tensor.index_select(0, rows.to(tensor.device))
+
         twin = CompressedCache(self.layout, self.device)
-        twin.seen_tokens, twin._used = self.seen_tokens, list(self._used)
-        twin._context = (self._context[0], list(self._context[1]))
-        twin._shift, twin._removed = self._shift, self._removed
-        twin._counts = None if self._counts is None else change(self._counts.T).T.contiguous()
-        twin._keys = [change(t) for t in self._keys]
-        twin._values = [change(t) for t in self._values]
-        twin._kept = [None if t is None else change(t) for t in self._kept]
-        twin.lengths = change(self.lengths.T).T.contiguous() if self._keys else self.lengths
-        twin._rows = twin._keys[0].shape[0] if twin._keys else None
+        twin._extent, twin._context = self._extent, self._context
+        if rows is not None and self._keys:
+            order = rows.tolist()
+            twin._extent, twin._context = self._extent.selected(order), self._context.selected(order)
+        twin._keys = [chosen(t) for t in self._keys]
+        twin._values = [chosen(t) for t in self._values]
+        twin._kept = [None if t is None else chosen(t) for t in self._kept]
+        twin._rings = {layer: (chosen(k), chosen(v)) for layer, (k, v) in self._rings.items()}
+        if self._keys:
+            twin.lengths, twin.next_of_rows = chosen(self.lengths.T).T.contiguous(), chosen(self.next_of_rows)
         return twin
 
     # -- what transformers calls -------------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the caller's text, not entries kept: positions go on counting the text."""
-        return self.seen_tokens + self._removed
+        """Columns of the caller's text, not entries kept: positions go on counting the text."""
+        return self._extent.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -312,65 +322,23 @@ class CompressedCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
-        self.__dict__.update(self._mapped(lambda t: t.index_select(0, indices.to(t.device))).__dict__)
+        self.__dict__.update(self._selected(indices).__dict__)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        self.__dict__.update(self._mapped(lambda t: t.repeat_interleave(repeats, dim=0)).__dict__)
+        self.batch_select_indices(torch.arange(self.batch_size or 0).repeat_interleave(repeats))
 
     # -- files -------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the occupied entries to a safetensors file."""
-        if not self._keys:
-            raise CacheError("an empty cache cannot be saved; prefill it first")
-        tensors = {}
-        for layer in range(len(self)):
-            tensors[f"keys.{layer}"] = self.keys(layer).contiguous()
-            tensors[f"values.{layer}"] = self.values(layer).contiguous()
-            kept = self._kept[layer]
-            if kept is not None:
-                tensors[f"kept.{layer}"] = kept.contiguous()
-        if self._counts is not None:
-            tensors["counts"] = self._counts
-        state = {
-            "format": FORMAT,
-            "shift": self._shift,
-            "removed": self._removed,
-            "seen_tokens": self.seen_tokens,
-            "context": self._context,
-            "layout": asdict(self.layout),
-        }
-        save_file(tensors, str(path), metadata={"kvpass": json.dumps(state)})
+        """Write the occupied entries to a safetensors file. Raises `CacheError` if the cache is empty."""
+        from kvpass.runtime.cache_files import save_cache
+
+        save_cache(self, path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "CompressedCache":
         """Read what `save` wrote. Raises `CacheError` if the file is something else."""
-        foreign = CacheError(f"{path} is not a cache written by CompressedCache.save (format {FORMAT})")
-        try:
-            opened = safe_open(str(path), framework="pt", device=str(device))
-        except SafetensorError as error:
-            raise foreign from error
-        with opened as file:
-            state = json.loads((file.metadata() or {}).get("kvpass", "{}"))
-            if state.get("format") != FORMAT:
-                raise foreign
-            layout = CacheLayout(
-                layers=tuple(LayerLayout(**layer) for layer in state["layout"]["layers"]),
-                model_id=state["layout"]["model_id"],
-                capacity=state["layout"]["capacity"],
-            )
-            cache = cls(layout, device)
-            names = set(file.keys())
-            stored = [(file.get_tensor(f"keys.{i}"), file.get_tensor(f"values.{i}")) for i in range(len(cache))]
-            kept = [file.get_tensor(f"kept.{i}") if f"kept.{i}" in names else None for i in range(len(cache))]
-            counts = file.get_tensor("counts") if "counts" in names else None
-        cache.allocate(stored[0][0].shape[0], [keys.shape[2] for keys, _ in stored])
-        for layer, (keys, values) in enumerate(stored):
-            cache._keys[layer][:, :, : keys.shape[2]] = keys
-            cache._values[layer][:, :, : values.shape[2]] = values
-        cache.begin(state["seen_tokens"], kept, [keys.shape[2] for keys, _ in stored])
-        cache._context = (state["context"][0], list(state["context"][1]))
-        cache._shift, cache._removed, cache._counts = state["shift"], state["removed"], counts
-        cache._sync_lengths()
-        return cache
+        from kvpass.runtime.cache_files import load_cache
+
+        return load_cache(path, device)

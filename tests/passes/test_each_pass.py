@@ -12,6 +12,7 @@ from kvpass.pass_manager import Pass, PassManager
 from kvpass.pipeline import phase_passes
 from kvpass.presses import ExpectedAttention
 
+WINDOW = 16  # of the tiny Gemma 3
 PREFILL = phase_passes(Phase.PREFILL, ExpectedAttention(n_future_positions=32))
 
 
@@ -41,8 +42,11 @@ def logits(program: KVProgram, tokens: int) -> Tensor:
                 inputs.append(torch.zeros(shape, dtype=torch.int64))
             case Role.SIZE:
                 inputs.append(torch.empty(5))
+            case Role.NEW_TOKENS:
+                inputs.append(torch.full((3,), tokens))
             case _:
-                inputs.append(torch.zeros(3, shape[1], tokens + 9, shape[3]))
+                ring = program.shapes.text(node.meta["val"].shape[2]).startswith("W_")
+                inputs.append(torch.zeros(3, shape[1], WINDOW if ring else tokens + 9, shape[3]))
     with torch.no_grad():
         return program.graph_module(*inputs)[0]
 

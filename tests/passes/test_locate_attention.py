@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kvpass.capture import capture
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.attention_site import attention_sites
+from kvpass.ir.masks import Causal, Sliding
 from kvpass.pass_manager import PassManager
 from kvpass.pipeline import capture_passes
 
@@ -16,7 +17,7 @@ def test_sites_of_a_transformers_model() -> None:
     """Layer, module path, window and un-repeated heads of each site."""
     sites = attention_sites(captured_model("gemma3_text").graphs.located)
     assert [site.layer for site in sites] == [0, 1, 2, 3]
-    assert [site.window for site in sites] == [16, None, 16, None]
+    assert [site.mask for site in sites] == [Sliding(16), Causal(), Sliding(16), Causal()]
     assert sites[2].path == "model.layers.2.self_attn"
     assert [site.keys.meta["val"].shape[1] for site in sites] == [2, 2, 2, 2]
     assert sites[0].scale == pytest.approx(0.25)

@@ -8,6 +8,7 @@ from modules import PlainLM
 from kvpass.capture import capture
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.attention_site import SDPA
+from kvpass.ir.masks import Causal, Sliding
 from kvpass.ir.printer import graph_text
 from kvpass.ir.program import KVProgram
 from kvpass.ir.subgraph import argument
@@ -42,7 +43,7 @@ def test_finds_window_and_kv_heads(style: str, window: int | None, heads: int) -
     """Whatever the code looks like, the node says causal or windowed, and keys have as many heads as are distinct."""
     program = normalized(PlainLM(style))
     (node,) = [n for n in program.graph.nodes if n.target is SDPA]
-    assert node.meta["window"] == window
+    assert node.meta["mask"] == (Causal() if window is None else Sliding(window))
     assert argument(node, "is_causal") is (window is None)
     assert argument(node, "key").meta["val"].shape[1] == heads
     assert argument(node, "value").meta["val"].shape[1] == heads
@@ -62,11 +63,12 @@ def test_window_that_never_bites_in_a_short_text_is_found() -> None:
     """A window of 1,000 looks causal at every short length; its number stands in the mask's computation."""
     program = normalized(PlainLM("window", window=1000))
     (node,) = [n for n in program.graph.nodes if n.target is SDPA]
-    assert node.meta["window"] == 1000
+    assert node.meta["mask"] == Sliding(1000)
 
 
 @pytest.mark.parametrize(
-    ("style", "reason"), [("dilated", "neither causal nor sliding-window"), ("bidirectional", "tokens see the future")]
+    ("style", "reason"),
+    [("dilated", "neither causal nor a sliding window"), ("bidirectional", "tokens see the future")],
 )
 def test_look_alikes_are_refused_with_a_reason(style: str, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"layer 1.*{reason}"):

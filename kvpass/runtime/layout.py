@@ -1,0 +1,95 @@
+"""What a cache stores per layer, and how far a text in it reaches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from kvpass.errors import CacheError
+
+GRANULE = 64  # capacities grow in steps of at least this many slots
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """What one layer stores per batch row."""
+
+    heads: int  # Hkv
+    key_size: int
+    value_size: int
+    dtype: str  # of torch, without the prefix: "float32"
+    pressed: bool
+    ring: int | None = None  # slots of a layer of windows or chunks: token p lies in slot p % ring
+
+    def shapes(self, batch: int, capacity: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (
+            (batch, self.heads, capacity, self.key_size),
+            (batch, self.heads, capacity, self.value_size),
+        )
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a model stores, and which model it is."""
+
+    layers: tuple[LayerLayout, ...]
+    model_id: str
+    capacity: int | None = None  # slots per layer that are never exceeded; None: grows as needed
+
+    def slots(self, layer: LayerLayout, entries: int) -> int:
+        """How many slots to allocate where `entries` are needed. Raises `CacheError` beyond the fixed capacity."""
+        if layer.ring is not None:
+            entries = min(entries, layer.ring)
+        if self.capacity is not None:
+            if entries > self.capacity:
+                raise CacheError(
+                    f"the cache holds {self.capacity} entries per layer, {entries} are needed; compile with a greater "
+                    "capacity=, with capacity=None (grows as needed), or with a greater ratio"
+                )
+            return self.capacity if layer.ring is None else min(self.capacity, layer.ring)
+        room = entries + max(256, entries // 8)
+        # Off the round numbers that prompts and budgets have: torch.compile takes equal sizes for one size.
+        room = -(-room // GRANULE) * GRANULE + (8 if layer.pressed else 24)
+        return room if layer.ring is None else min(room, layer.ring)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far each row of a cache reaches."""
+
+    columns: int = 0  # of the caller's text, padding and delimiters included
+    whole: int = 0  # from this column on no row has any padding
+    seen: tuple[int, ...] = ()  # [B], tokens that each row has read
+
+    @property
+    def longest(self) -> int:
+        return max(self.seen, default=0)
+
+    def grown(self, columns: int, tokens: Sequence[int]) -> Self:
+        """Behind so many more columns and tokens."""
+        whole = self.whole if min(tokens) == columns else self.columns + columns
+        seen = tuple(a + b for a, b in zip(self.seen, tokens, strict=True))
+        return replace(self, columns=self.columns + columns, whole=whole, seen=seen)
+
+    def selected(self, rows: Sequence[int]) -> Self:
+        return replace(self, seen=tuple(self.seen[row] for row in rows))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the prefill left."""
+
+    extent: Extent = Extent()
+    next_positions: tuple[int, ...] = ()  # [B], where each row goes on: behind what it read unless keys were moved
+    entries: tuple[tuple[int, ...], ...] = ()  # [L][B], slots in use; of a ring, tokens seen
+
+    def selected(self, rows: Sequence[int]) -> "Context":
+        return Context(
+            self.extent.selected(rows),
+            tuple(self.next_positions[row] for row in rows),
+            tuple(tuple(layer[row] for row in rows) for layer in self.entries),
+        )
+
+    @classmethod
+    def of_plain_text(cls, extent: Extent, layers: int) -> "Context":
+        """Where every layer holds all that was seen."""
+        return cls(extent, extent.seen, (extent.seen,) * layers)

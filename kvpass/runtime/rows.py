@@ -1,0 +1,70 @@
+"""Batches whose rows differ in length: what is padding never reaches a graph that compresses."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpass.errors import InputError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch without its padding.
+
+    ids: i64[B, S], the tokens of each row from the left, anything behind them. counts: [B], how many they are.
+    questions: [B], how many of them, at the end, ask about the others. place: i64[B, columns], where the tokens of
+    the caller's columns went, padding to the token in front of it; None: every column to its own place.
+    """
+
+    ids: Tensor
+    counts: tuple[int, ...]
+    questions: tuple[int | None, ...]
+    place: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(self.counts)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all rows have the same number of tokens."""
+        return len(set(self.counts)) == 1
+
+    def groups(self) -> Iterator[tuple[slice, int, int | None]]:
+        """Neighbouring rows that are alike: which, with how many tokens, how many of them a question."""
+        sizes = list(zip(self.counts, self.questions, strict=True))
+        first = 0
+        for row in range(1, len(sizes) + 1):
+            if row == len(sizes) or sizes[row] != sizes[first]:
+                yield slice(first, row), *sizes[first]
+                first = row
+
+    def as_given(self, values: Tensor) -> Tensor:
+        """Values [B, S, V] of the tokens in the caller's columns."""
+        if self.place is None:
+            return values
+        return values.gather(1, self.place[..., None].expand(-1, -1, values.shape[2]))
+
+
+def without_padding(ids: Tensor, mask: Tensor | None) -> Rows:
+    """Bring the tokens where `mask` [B, S] is not 0 to the left. Raises `InputError` for a row without any.
+
+    A mask is looked at on the host: one synchronisation for each prompt, none for single tokens.
+    """
+    batch, columns = ids.shape
+    none: tuple[int | None, ...] = (None,) * batch
+    if mask is None or columns == 1:
+        return Rows(ids, (columns,) * batch, none)
+    real = mask != 0
+    counts = real.sum(dim=1)
+    found = tuple(counts.tolist())
+    if min(found) == columns:
+        return Rows(ids, found, none)
+    if min(found) == 0:
+        empty = [row for row, count in enumerate(found) if not count]
+        raise InputError(f"rows {empty} are nothing but padding; leave them out of the batch")
+    order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)  # tokens first, in their order
+    moved = ids.gather(1, order)[:, : max(found)].contiguous()
+    return Rows(moved, found, none, (real.cumsum(dim=1) - 1).clamp(min=0))
