@@ -25,8 +25,8 @@ def capture_passes() -> tuple[Pass, ...]:
         DropNoops(),
         FindPositions(),
         MatchAttention(),
-        MergeAttention(),
         NormalizeAttention(),
+        MergeAttention(),
         LocateAttention(),
         ProveTokenLocal(),
     )

@@ -8,7 +8,15 @@ from torch.fx import Node
 
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 from kvpass.ir.builder import GraphBuilder
-from kvpass.ir.cache_code import append, attend_cache, extend_ring, store_prefix, store_ring
+from kvpass.ir.cache_code import (
+    append,
+    append_positions,
+    attend_cache,
+    extend_ring,
+    store_positions,
+    store_prefix,
+    store_ring,
+)
 from kvpass.ir.form import Form, Phase
 from kvpass.ir.program import KVProgram, Port, Role
 from kvpass.ir.symbols import Size
@@ -27,7 +35,8 @@ class InsertKVCache(Pass):
 
     New tokens take the slots behind those in use (`lengths`, per layer and row). Layers of windows or chunks hold a
     ring: token p lies in slot p % reach, `lengths` counts all that were seen. The queries that share a KV head go into
-    the query axis, so that no head is ever repeated in memory.
+    the query axis, so that no head is ever repeated in memory. Where scores depend on the distance in the text, the
+    cache also holds the position of each entry.
     """
 
     name: ClassVar[str] = "insert-kv-cache"
@@ -48,7 +57,8 @@ class InsertKVCache(Pass):
             counts.append(self._counter(builder, Role.NEW_TOKENS, (batch,)))
         caches = [self._placeholders(program, builder, site) for site in sites]
         for site, cache in zip(sites, caches, strict=True):
-            stored = self._update(program, builder, site, cache, counts)
+            tracked = self._track(program, builder, site, cache[0], counts) if site.tracks_positions else []
+            stored = self._update(program, builder, site, cache, counts, tracked)
             for role, old, new in zip((Role.KEYS, Role.VALUES), cache, stored, strict=True):
                 program.add_output(Port(f"{role.value}_out_{site.layer}", role, site.layer, old.name), new)
         program.graph.eliminate_dead_code()
@@ -73,6 +83,19 @@ class InsertKVCache(Pass):
             nodes.append(builder.placeholder(Port(f"{role.value}_{site.layer}", role, site.layer), value))
         return nodes[0], nodes[1]
 
+    def _track(
+        self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, keys: Node, counts: list[Node]
+    ) -> list[Node]:
+        """The positions of what the cache holds then, and those of the new tokens."""
+        value = program.shapes.empty(keys.meta["val"].shape[:3], torch.int64, keys.meta["val"].device)
+        old = builder.placeholder(Port(f"positions_{site.layer}", Role.POSITIONS, site.layer), value)
+        position_ids = program.input_node(Role.POSITION_IDS)
+        place = append_positions(site) if counts else store_positions
+        inputs = [old, position_ids, *counts[:1]]
+        (new,) = builder.inline(place, inputs, names=["positions_out"], layer=site.layer, like=site.node)
+        program.add_output(Port(f"positions_out_{site.layer}", Role.POSITIONS, site.layer, old.name), new)
+        return [new, position_ids]
+
     def _update(
         self,
         program: KVProgram,
@@ -80,6 +103,7 @@ class InsertKVCache(Pass):
         site: AttentionSite,
         cache: tuple[Node, Node],
         counts: list[Node],
+        tracked: list[Node],
     ) -> list[Node]:
         """The nodes of the new cache; attention reads it, except in prefill."""
         names, layer, like = ["keys_out", "values_out"], site.layer, site.node
@@ -88,13 +112,13 @@ class InsertKVCache(Pass):
             store = store_prefix if site.pressable else store_ring(site.mask)
             pairs = zip(names, cache, new, strict=True)
             return [builder.inline(store, [old, n], names=[name], layer=layer, like=like)[0] for name, old, n in pairs]
-        lengths, sinks = counts[0], [site.sinks] if site.sinks else []
+        lengths, extra = counts[0], [*site.extras.values(), *tracked]
         if program.phase is Phase.EXTEND and not site.pressable:  # attention reads what the new tokens push out
-            inputs = [site.queries, *cache, *new, *counts, *sinks]
+            inputs = [site.queries, *cache, *new, *counts, *extra]
             out, *stored = builder.inline(extend_ring(site), inputs, names=["attended", *names], layer=layer, like=like)
         else:
             stored = [*builder.inline(append(site), [*cache, *new, lengths], names=names, layer=layer, like=like)]
-            inputs = [site.queries, *stored, lengths, *sinks]
+            inputs = [site.queries, *stored, lengths, *extra]
             (out,) = builder.inline(attend_cache(site), inputs, names=["attended"], layer=layer, like=like)
         site.node.replace_all_uses_with(out)
         program.graph.erase_node(site.node)

@@ -46,6 +46,8 @@ class MatchAttention(Pass):
                 form = probe.whole.fingerprint()
                 if form not in known:
                     known[form] = probe.measure(), _mask(program, builder, probe)
+                if probe.biased and known[form][0].slopes is None:
+                    continue  # a mask and nothing else
             except NotAttentionError as error:
                 written.softmax.meta["unmatched"] = str(error)
                 continue

@@ -13,7 +13,8 @@ from kvpass.ir.attention_site import is_attention
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram
-from kvpass.ir.subgraph import argument, reached_from
+from kvpass.ir.rename import renumber
+from kvpass.ir.subgraph import argument, nodes_between, reached_from
 from kvpass.pass_manager import Pass
 
 
@@ -21,15 +22,15 @@ from kvpass.pass_manager import Pass
 class MergeAttention(Pass):
     """Join attentions of the same queries over the same keys, so that the keys are cached once.
 
-    before:  attention: f32[B, 4, S, 16] = scaled_dot_product_attention(q, k, v, mask)
-             attention_1: f32[B, 4, S, 16] = scaled_dot_product_attention(q, k, w, mask)
-    after:   attention: f32[B, 4, S, 32] = scaled_dot_product_attention(q, k, cat([v, w], -1), mask)
+    before:  attention: f32[B, 4, S, 16] = scaled_dot_product_attention(q, k, v, None, 0.0, True)
+             attention_1: f32[B, 4, S, 16] = scaled_dot_product_attention(q, k, w, None, 0.0, True)
+    after:   attention: f32[B, 4, S, 32] = scaled_dot_product_attention(q, k, cat([v, w], -1), None, 0.0, True)
              split: (...) = split(attention, [16, 16], -1)
     """
 
     name: ClassVar[str] = "merge-attention"
-    requires: ClassVar[Form] = Form.CAPTURED
-    produces: ClassVar[Form] = Form.CAPTURED
+    requires: ClassVar[Form] = Form.NORMAL
+    produces: ClassVar[Form] = Form.NORMAL
 
     def run(self, program: KVProgram) -> int:
         builder = GraphBuilder(program, self.name)
@@ -40,7 +41,9 @@ class MergeAttention(Pass):
         groups = [nodes for nodes in alike.values() if len(nodes) > 1 and _independent(program, nodes)]
         for nodes in groups:
             _merge(builder, nodes)
-        program.drop_dead()
+        if groups:
+            program.drop_dead()
+            renumber(program)
         return len(groups)
 
 
@@ -73,5 +76,7 @@ def _merge(builder: GraphBuilder, nodes: Sequence[Node]) -> None:
         return tuple(out.split(widths, dim=-1))
 
     parts = builder.inline(attention, inputs, names=[f"part_{i}" for i in range(len(nodes))], like=first)
+    (joined,) = (n for n in nodes_between(parts, inputs) if is_attention(n))
+    joined.meta = {**first.meta, **joined.meta}  # what its mask was found to be
     for node, part in zip(nodes, parts, strict=True):
         node.replace_all_uses_with(part)

@@ -52,6 +52,8 @@ class NormalizeAttention(Pass):
                 _unrepeated(program, node, "key"),
                 _unrepeated(program, node, "value"),
             )
+            if _heads(keys) != _heads(values):  # repeated differently: cached as attention reads them
+                keys, values = node.args[1:3]
             grouped = {"enable_gqa": True} if _heads(queries) != _heads(keys) else {}
             scale = argument(node, "scale")
             capped = {name: value for name, value in node.kwargs.items() if name == "softcap"}

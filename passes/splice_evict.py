@@ -36,6 +36,8 @@ class SpliceEvict(Pass):
             for role, tap in ((Role.KEYS, site.keys), (Role.VALUES, site.values)):
                 if (held := left[f"{role.value}_kept"]) is not tap:  # else this half of the layer stays as it is
                     self._store(program, builder, role, site, held)
+            if site.tracks_positions and "kept" in left:
+                self._store(program, builder, Role.POSITIONS, site, left["kept"])
             for role in (Role.KEPT, Role.COUNT):
                 if role.value in left:
                     program.add_output(Port(f"{role.value}_{site.layer}", role, site.layer), left[role.value])

@@ -47,6 +47,10 @@ class SplicePress(Pass):
                 f"{self.press.name}: every layer of this model has a sliding window and keeps that alone, nothing is "
                 "left to press; use press=None, or set sliding_window=None in the config if your texts fit into it"
             )
+        if self.press.rerotates and any(site.slopes is not None for site in everywhere):
+            raise PressError(
+                f"{self.press.name} moves keys, which this model weighs by distance (ALiBi); use the press inside it"
+            )
         taps = Taps(program)
         facts = _facts(program, sites[0], taps)
         assets = self.press.assets(facts)

@@ -22,15 +22,17 @@ from kvpass.ir.program import KVProgram
 
 __all__ = ["capture"]
 
+PLAIN = ("sdpa", "eager")  # attention that is made of tensor operations
+
 
 def capture(model: nn.Module | ExportedProgram, *, registry: bool = True, max_tokens: int | None = None) -> KVProgram:
     """Capture `model` as a program (input_ids i64[B, S], position_ids i64[B, S]) -> logits [B, S, V].
 
     A transformers model is captured through its attention registry; one with attention code of its own (any one with
-    `registry=False`) as it is, with sdpa attention if it has that, else eager, and what that does is found in the
-    graph. Any other module must have a forward that takes token ids, and `position_ids` if it can, and returns logits
-    [B, S, V]; so must a program that was exported already, with dynamic batch and length. `max_tokens` is the longest
-    text it will read, by default what its config or its export says.
+    `registry=False`) as it is, with eager attention or sdpa, and what that does is found in the graph. Any other
+    module must have a forward that takes token ids, and `position_ids` if it can, and returns logits [B, S, V]; so
+    must a program that was exported already, with dynamic batch and length. `max_tokens` is the longest text it will
+    read, by default what its config or its export says.
 
     Raises `UnsupportedModelError` if torch.export cannot capture the model or it lacks those inputs.
     """
@@ -74,7 +76,8 @@ def _export(model: nn.Module, longest: int, registry: bool) -> tuple[ExportedPro
     if registry:
         with suppress(OwnAttentionError):
             return export_transformers(model, longest), longest
-    with attending_with(model, "sdpa", "eager"):
+    own = model.config._attn_implementation  # the two may differ, so what the model has comes first
+    with attending_with(model, *([own] if own in PLAIN else []), *PLAIN):
         return _export_up_to(model, {"use_cache": False}, longest)
 
 

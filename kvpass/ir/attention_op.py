@@ -127,7 +127,7 @@ def prompt_attention(
     bias = None
     if slopes is not None:
         position = torch.arange(key.shape[2], device=query.device)
-        bias = distance_bias(slopes, position, position).to(query.dtype)
+        bias = distance_bias(slopes, position, position)
     columns = None if sinks is None else sinks[:, None, None]
     return attend(query, key, value, mask, scale=scale, softcap=softcap, sinks=columns, bias=bias, is_causal=is_causal)
 

@@ -41,6 +41,17 @@ class AttentionSite:
     slopes: Node | None  # [H], ALiBi: added to a score for each token that the key lies further on
 
     @property
+    def extras(self) -> dict[str, Node]:
+        """The tensors beside queries, keys and values that its attention reads."""
+        named = {"sinks": self.sinks, "slopes": self.slopes}
+        return {name: node for name, node in named.items() if node is not None}
+
+    @property
+    def tracks_positions(self) -> bool:
+        """Whether the cache must say where in the text an entry was: scores depend on it, and entries are dropped."""
+        return self.slopes is not None and self.pressable
+
+    @property
     def pressable(self) -> bool:
         """Layers of windows or chunks are bounded already and keep what they can see."""
         return self.mask.reach is None

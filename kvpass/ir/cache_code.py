@@ -3,7 +3,7 @@
 Legend: B batch, H query heads, Hkv KV heads, S new tokens, C slots of the cache, D head size, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def store_prefix(cache: Tensor, new: Tensor) -> Tensor:
-    """Write new [B, Hkv, n, D] to the first n slots of cache [B, Hkv, C, D]."""
+    """Write new [B, Hkv, n, ...] to the first n slots of cache [B, Hkv, C, ...]."""
     return torch.slice_scatter(cache, new, dim=2, start=0, end=new.shape[2])
 
 
@@ -33,33 +33,64 @@ def store_ring(mask: Causal) -> Callable[[Tensor, Tensor], Tensor]:
     return store
 
 
+def store_positions(cache: Tensor, position_ids: Tensor) -> Tensor:
+    """Write the positions [B, S] of a prompt to the first S slots of cache [B, Hkv, C]."""
+    return store_prefix(cache, position_ids[:, None].expand(-1, cache.shape[1], -1))
+
+
+def append_positions(site: AttentionSite) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Put the positions of new tokens where `append` puts their keys."""
+    layer = site.layer
+
+    def run(cache: Tensor, position_ids: Tensor, lengths: Tensor) -> Tensor:
+        batch, tokens = position_ids.shape
+        where = _slots(lengths[layer], batch, cache.shape[1], tokens, None)
+        return torch.index_put(cache, where, position_ids[:, None].expand(-1, cache.shape[1], -1))
+
+    return run
+
+
+def _slots(lengths: Tensor, batch: int, heads: int, tokens: int, reach: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the slots behind `lengths` [B] entries, [B, Hkv, S] together."""
+    row = torch.arange(batch, device=lengths.device)[:, None, None]
+    head = torch.arange(heads, device=lengths.device)[:, None]
+    slot = (lengths[:, None] + torch.arange(tokens, device=lengths.device))[:, None]
+    return row, head, slot if reach is None else slot % reach
+
+
 def append(site: AttentionSite) -> Callable[..., Pair]:
     """Put new tokens behind those in use; in a ring, in the place of the one that is out of reach (S = 1)."""
     layer, reach = site.layer, site.mask.reach
 
     def run(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Pair:
         batch, heads, tokens, _ = k.shape
-        row = torch.arange(batch, device=k.device)[:, None, None]
-        head = torch.arange(heads, device=k.device)[:, None]
-        slot = (lengths[layer][:, None] + torch.arange(tokens, device=k.device))[:, None]
-        where = (row, head, slot if reach is None else slot % reach)
+        where = _slots(lengths[layer], batch, heads, tokens, reach)
         return torch.index_put(keys, where, k), torch.index_put(values, where, v)
 
     return run
 
 
 def attend_cache(site: AttentionSite) -> Callable[..., Tensor]:
-    """Attention over a cache that already holds the new tokens. In a full layer slots stand for what was before."""
+    """Attention over a cache that already holds the new tokens. In a full layer slots stand for what was before.
+
+    `extra` is what the site reads beside them, then positions [B, Hkv, C] and position_ids [B, S] if it tracks these.
+    """
     layer, mask = site.layer, site.mask
 
-    def run(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *sinks: Tensor) -> Tensor:
+    def run(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *extra: Tensor) -> Tensor:
         number = (lengths[layer][:, None] + torch.arange(q.shape[2], device=q.device))[:, :, None]  # [B, S, 1]
+        named = _named(site, extra)
         if mask.reach is None:
-            seen = mask.allowed(number, torch.arange(keys.shape[2], device=q.device))
+            held = torch.arange(keys.shape[2], device=q.device)
+            seen = mask.allowed(number, held)
         else:
             held = ring_positions(lengths[layer], keys.shape[2], mask.reach)[:, None]
             seen = mask.allowed(number, held) & (held >= 0)
-        return _grouped(site, q, keys, values, seen, sinks)
+        if "positions" in named:
+            distance = named["positions"][:, :, None] - named["position_ids"][:, None, :, None]
+        else:
+            distance = (held - number)[:, None]
+        return _grouped(site, q, keys, values, seen, distance, named)
 
     return run
 
@@ -81,13 +112,15 @@ def extend_ring(site: AttentionSite) -> Callable[..., tuple[Tensor, Tensor, Tens
         v: Tensor,
         lengths: Tensor,
         new_tokens: Tensor,
-        *sinks: Tensor,
+        *extra: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         before = lengths[layer]
         number = before[:, None] + torch.arange(q.shape[2], device=q.device)
         held = torch.cat([ring_positions(before - 1, keys.shape[2], reach), number], dim=1)[:, None]
         seen = mask.allowed(number[:, :, None], held) & (held >= 0)
-        out = _grouped(site, q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), seen, sinks)
+        distance = (held - number[:, :, None])[:, None]
+        both = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+        out = _grouped(site, q, *both, seen, distance, _named(site, extra))
         token = ring_positions(before + new_tokens - 1, keys.shape[2], reach) - before[:, None]  # among the new ones
         is_new = (token >= 0)[:, None, :, None]
         index = token.clamp(min=0)[:, None, :, None]
@@ -101,17 +134,34 @@ def extend_ring(site: AttentionSite) -> Callable[..., tuple[Tensor, Tensor, Tens
     return run
 
 
+def _named(site: AttentionSite, extra: Sequence[Tensor]) -> dict[str, Tensor]:
+    tracked = ("positions", "position_ids") if site.tracks_positions else ()
+    return dict(zip((*site.extras, *tracked), extra, strict=True))
+
+
 def _grouped(
-    site: AttentionSite, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, sinks: tuple[Tensor, ...]
+    site: AttentionSite,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seen: Tensor,
+    distance: Tensor,
+    named: Mapping[str, Tensor],
 ) -> Tensor:
-    """Attention of q [B, H, S, D] where seen bool[B, S, C]; the queries of a KV head lie in the query axis."""
+    """Attention of q [B, H, S, D] where seen bool[B, S, C]; the queries of a KV head lie in the query axis.
+
+    distance i64[B, Hkv or 1, S, C] is how far behind the query (negative: in front of it) each entry is.
+    """
     heads, tokens = q.shape[1], q.shape[2]
     groups = heads // keys.shape[1]
     mask = seen[:, None, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # [B, 1, G * S, C]
     grouped = q.unflatten(1, (keys.shape[1], groups)).flatten(2, 3)  # [B, Hkv, G * S, D]
-    columns = None
-    for sink in sinks:  # [H] to a column for each grouped query, [Hkv, G * S, 1]
-        columns = sink.unflatten(0, (keys.shape[1], groups)).repeat_interleave(tokens, dim=1)[..., None]
-    out = attend(grouped, keys, values, mask, scale=site.scale, softcap=site.softcap, sinks=columns)
+    columns = bias = None
+    if "sinks" in named:  # [H] to a column for each grouped query, [Hkv, G * S, 1]
+        columns = named["sinks"].unflatten(0, (keys.shape[1], groups)).repeat_interleave(tokens, dim=1)[..., None]
+    if "slopes" in named:
+        slopes = named["slopes"].unflatten(0, (keys.shape[1], groups))[..., None, None]
+        bias = (slopes * distance[:, :, None]).flatten(2, 3)  # [B, Hkv, G * S, C]
+    out = attend(grouped, keys, values, mask, scale=site.scale, softcap=site.softcap, sinks=columns, bias=bias)
     ungrouped: Tensor = out.unflatten(2, (groups, tokens)).flatten(1, 2)
     return ungrouped

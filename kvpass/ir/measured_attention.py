@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.ir.attention_op import attend, distance_bias
+from kvpass.ir.attention_site import is_attention
 from kvpass.ir.program import KVProgram, Role
-from kvpass.ir.subgraph import Subgraph
+from kvpass.ir.subgraph import Subgraph, argument
 from kvpass.ir.symbols import Size
 from kvpass.ir.written_attention import Layout, WrittenAttention, layout_of
 
@@ -43,6 +44,7 @@ class Probe:
         self.program, self.attention = program, attention
         states = (attention.queries, attention.keys, attention.values)
         self.layouts = [_layout(program, node) for node in states]
+        self.biased = is_attention(attention.softmax)
         self.result = _layout(program, attention.out, merged=True)
         self.whole = Subgraph(states, (attention.out,))
         self.logits = Subgraph(states[:2], (attention.scores,))
@@ -61,7 +63,15 @@ class Probe:
             **given,
         }
         (found,) = self.logits.run(tensors, sizes, dtype=q.dtype if q.dtype == EXACT else None)
+        if self.biased:
+            keys = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
+            found = q @ keys.transpose(2, 3) * self._scale() + found
         return found.reshape(q.shape[0], q.shape[1], q.shape[2], -1)
+
+    def _scale(self) -> float:
+        """The scale of an attention node."""
+        scale = argument(self.attention.softmax, "scale")
+        return float(scale) if isinstance(scale, int | float) else float(self.width) ** -0.5
 
     def allowed(self, q: Tensor, k: Tensor, given: Mapping[Node, Tensor], sizes: Mapping[str, Size]) -> Tensor:
         """Which keys have a chance, bool[B, H, S, S], at states that are all zero."""
@@ -70,17 +80,18 @@ class Probe:
 
     def measure(self) -> Measured:
         """Raises `NotAttentionError` if the numbers found do not explain what is computed."""
-        measured = self._read_out()
-        for length in LENGTHS:
-            self._prove(measured, min(length, self.program.max_tokens))
+        with torch.no_grad():
+            measured = self._read_out()
+            for length in LENGTHS:
+                self._prove(measured, min(length, self.program.max_tokens))
         return measured
 
     def _read_out(self) -> Measured:
         """One token that sees itself and the one before it tells scale, cap and slope; the first one the sinks."""
         still = self._pair(0.0)
         slopes = still[:, 1, 1] - still[:, 1, 0]
-        steps = {t: float((self._pair(t) - still)[0, 1, 1] - (self._pair(t) - still)[0, 1, 0]) for t in (1.0, 1e6, 2e6)}
-        one, far, further = steps[1.0], steps[1e6], steps[2e6]
+        changes = [(self._pair(product) - still)[0, 1] for product in (1.0, 1e6, 2e6)]
+        one, far, further = (float(row[1] - row[0]) for row in changes)
         if abs(further - 2 * far) <= 1e-6 * abs(further):
             scale, softcap = one, None
         elif abs(further - far) <= 1e-9 * abs(far) and abs(one) < abs(far):

@@ -22,6 +22,7 @@ class Role(Enum):
     SCALAR = "scalar"  # f32[]
     KEYS = "keys"  # [B, Hkv, C, D], one per layer
     VALUES = "values"  # [B, Hkv, C, D], one per layer
+    POSITIONS = "positions"  # i64[B, Hkv, C], positions of the entries of a layer that attends by distance
     LOGITS = "logits"  # [B, S, V], or [B, 1, V] in prefill
     KEPT = "kept"  # i64[B, Hkv, N], positions kept in a pressed layer, ascending
     COUNT = "count"  # i64[B], how many of the N slots of a pressed layer are occupied, where rows differ

@@ -82,7 +82,7 @@ def _sites(program: KVProgram) -> Iterator[str]:
 def _cache(program: KVProgram) -> Iterator[str]:
     if program.form < Form.CACHED:
         return
-    stored = {p.name: p for p in program.inputs if p.role in (Role.KEYS, Role.VALUES)}
+    stored = {p.name: p for p in program.inputs if p.role in (Role.KEYS, Role.VALUES, Role.POSITIONS)}
     updated = [p.updates for p in program.outputs if p.updates]
     if program.form < Form.LOWERED and sorted(updated) != sorted(stored):
         yield f"cache inputs {sorted(stored)} and updates {sorted(updated)} differ"

@@ -28,8 +28,8 @@ class WrittenAttention:
     queries: Node  # these three and the result have one of the LAYOUTS
     keys: Node
     values: Node
-    scores: Node  # input of the softmax
-    softmax: Node
+    scores: Node  # input of the softmax; of an attention node its float mask
+    softmax: Node  # or the attention node
     out: Node
 
 
@@ -81,7 +81,22 @@ def written_attentions(program: KVProgram) -> list[WrittenAttention]:
     nodes = list(program.graph.nodes)
     activations = reached_from([program.input_node(Role.INPUT_IDS)], nodes)
     found = (_around(program, node, activations) for node in nodes if node.target in SOFTMAX and node in activations)
-    return [attention for attention in found if attention is not None]
+    biased = (_biased(program, node) for node in nodes if is_attention(node))
+    return [attention for attention in (*found, *biased) if attention is not None]
+
+
+def _biased(program: KVProgram, node: Node) -> WrittenAttention | None:
+    """An attention node with a float mask, which may hide more than a mask."""
+    queries, keys, values, mask = (
+        node.args[:4] if len(node.args) > 3 else (*node.args[:3], node.kwargs.get("attn_mask"))
+    )
+    if not (isinstance(queries, Node) and isinstance(keys, Node) and isinstance(values, Node)):
+        return None
+    if not isinstance(mask, Node) or not mask.meta["val"].dtype.is_floating_point:
+        return None
+    if any(layout_of(program, n) != Layout(1) for n in (queries, keys, values)):
+        return None
+    return WrittenAttention(queries, keys, values, mask, node, node)
 
 
 def _around(program: KVProgram, softmax: Node, activations: set[Node]) -> WrittenAttention | None:
