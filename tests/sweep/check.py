@@ -5,19 +5,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvpass
-from kvpass.errors import MissingTapError, UnsupportedModelError
+from kvpass.errors import MissingTapError, PressError, UnsupportedModelError
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 
 from .configs import Architecture
 from .oracle import eager_logits, hidden_from, logits_without
 from .weights import sweep_model
+
+T = TypeVar("T")
 
 PRESSES: dict[str, str | None] = {
     "none": None,
@@ -73,7 +77,7 @@ class Mismatch(AssertionError):
 
 
 def check(architecture: Architecture, presses: Sequence[str] = tuple(PRESSES)) -> Result:
-    """Everything about one architecture; never raises but for errors of the harness itself."""
+    """Everything about one architecture. What it raises is an error of the harness, not of kvpass."""
     result = Result(architecture.name, architecture.model_class.__name__)
     model = sweep_model(architecture)
     ids = _token_ids(architecture, max(PROMPTS) + QUESTION + STEPS)
@@ -81,31 +85,27 @@ def check(architecture: Architecture, presses: Sequence[str] = tuple(PRESSES)) -
     everything = logits_without(model, ids, None)
     _compare("the oracle that hides nothing", everything, before)
 
-    captured: kvpass.CapturedModel | None = None
-
-    def capture() -> float:
-        nonlocal captured
-        captured = kvpass.capture_model(model)
-        return 0.0
-
-    verdict = _judge(capture)
-    if captured is not None:
+    captured = _judged(lambda: kvpass.capture_model(model))
+    if isinstance(captured, Verdict):
+        result.verdicts = dict.fromkeys(presses, captured)
+    else:
         sites = attention_sites(captured.graphs.located)
         result.sites, result.masks = len(sites), _mask_kinds(sites)
-    for press in presses:
-        found = captured
-        result.verdicts[press] = verdict if found is None else _judge(lambda p=press, c=found: _run(model, c, p, ids))
+        for press in presses:
+            worst = _judged(partial(_run, model, captured, press, ids))
+            result.verdicts[press] = worst if isinstance(worst, Verdict) else Verdict(Outcome.EQUAL, worst=worst)
     if not torch.equal(eager_logits(model, ids), before):
         changed = Verdict(Outcome.FAILED, "compiling changed the eager answers of the live model")
         result.verdicts = dict.fromkeys(presses, changed)
     return result
 
 
-def _judge(attempt: Callable[[], float]) -> Verdict:
+def _judged(attempt: Callable[[], T]) -> T | Verdict:
     try:
-        return Verdict(Outcome.EQUAL, worst=attempt())
+        return attempt()
     except (UnsupportedModelError, MissingTapError) as error:
-        return Verdict(Outcome.REFUSED, _first_sentence(str(error)), detail=str(error))
+        told = "".join(traceback.format_exception(error))
+        return Verdict(Outcome.REFUSED, _first_sentence(str(error)), detail=told)
     except Exception as error:
         return failure(error)
 
@@ -120,20 +120,22 @@ def failure(error: Exception, whose: str = "") -> Verdict:
 def _run(model: PreTrainedModel, captured: kvpass.CapturedModel, press: str, text: Tensor) -> float:
     """Greatest relative difference over all prompts, questions and steps."""
     name = PRESSES[press]
-    compiled = kvpass.compile(captured, press=name, ratio=RATIO if name else None, backend="eager")
     sites = attention_sites(captured.graphs.located)
+    try:
+        compiled = kvpass.compile(captured, press=name, ratio=RATIO if name else None, backend="eager")
+    except PressError as error:
+        if any(site.pressable for site in sites):
+            raise
+        raise UnsupportedModelError(str(error)) from error  # windows everywhere: a press is rightly refused
     worst = 0.0
     for prompt in PROMPTS:
         ids = text[:, : prompt + QUESTION + STEPS]
-        first = compiled.prefill(ids[:, :prompt])
-        cache = first.past_key_values
-        said = [first.logits]
+        cache = compiled.new_cache()
+        said = [_read(compiled, cache, ids[:, :prompt])]
         kept = [cache.positions(layer) for layer in range(len(sites))]
         for site, positions in zip(sites, kept, strict=True):
             _check_positions(press, site, positions, prompt)
-        said.append(compiled(input_ids=ids[:, prompt : prompt + QUESTION], past_key_values=cache).logits)
-        for step in range(prompt + QUESTION, ids.shape[1]):
-            said.append(compiled(input_ids=ids[:, step : step + 1], past_key_values=cache).logits)
+        said += [_read(compiled, cache, part) for part in ids[:, prompt:].split([QUESTION, *[1] * STEPS], dim=1)]
 
         # Layers with a window hide what they have lost by their own mask.
         pressed = [site.pressable and name is not None for site in sites]
@@ -143,6 +145,12 @@ def _run(model: PreTrainedModel, captured: kvpass.CapturedModel, press: str, tex
         if any(pressed):
             _check_effect(expected, logits_without(model, ids, None), prompt)
     return worst
+
+
+def _read(compiled: kvpass.CompiledModel, cache: kvpass.CompressedCache, ids: Tensor) -> Tensor:
+    logits = compiled(input_ids=ids, past_key_values=cache).logits
+    assert isinstance(logits, Tensor)
+    return logits
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> float:
@@ -208,7 +216,7 @@ def _token_ids(architecture: Architecture, tokens: int) -> Tensor:
 def _first_sentence(text: str) -> str:
     line = " ".join(text.split())
     end = next((i for i in range(len(line)) if line[i : i + 2] in (". ", "; ") and i > 20), len(line))
-    return line[:end][:300]
+    return line[:end][:200]
 
 
 def _place(error: Exception) -> str:

@@ -66,10 +66,11 @@ class Architecture:
 
     name: str  # the model type; behind a + what its config varies
     model_class: type[PreTrainedModel]
+    config_class: type[PreTrainedConfig]
     fields: Mapping[str, Any]
 
     def config(self) -> PreTrainedConfig:
-        return self.model_class.config_class(**self.fields)
+        return self.config_class(**self.fields)
 
 
 @cache
@@ -87,12 +88,11 @@ def architectures() -> tuple[dict[str, Architecture], dict[str, str]]:
             left_out[name] = f"the class of {known[model_class]}"
         else:
             known[model_class] = name
-            fields = tiny_fields(model_class.config_class, OVERRIDES.get(name, {}))
-            rows[name] = Architecture(name, model_class, fields)
-            for variant, overrides in VARIANTS.get(name, {}).items():
-                given = {**OVERRIDES.get(name, {}), **overrides}
-                fields = tiny_fields(model_class.config_class, given)
-                rows[f"{name}+{variant}"] = Architecture(f"{name}+{variant}", model_class, fields)
+            config_class: Any = model_class.config_class
+            for variant, changes in {"": {}, **VARIANTS.get(name, {})}.items():
+                row = f"{name}+{variant}" if variant else name
+                fields = tiny_fields(config_class, {**OVERRIDES.get(name, {}), **changes})
+                rows[row] = Architecture(row, model_class, config_class, fields)
     return dict(sorted(rows.items())), dict(sorted(left_out.items()))
 
 

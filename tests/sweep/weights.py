@@ -33,7 +33,7 @@ def sweep_model(architecture: Architecture, seed: int = 0) -> PreTrainedModel:
         else:
             parameter.data = (noise * sharper / math.sqrt(min(parameter.shape[-2:]))).to(parameter.dtype)
         parameter.requires_grad_(False)
-    return model.float().train(mode=False)  # type: ignore[no-any-return]
+    return model.float().eval()  # type: ignore[no-any-return]
 
 
 def _embedding_scale(model: PreTrainedModel) -> float:
