@@ -198,14 +198,8 @@ def _check_positions(press: str, site: AttentionSite, positions: Tensor, prompt:
 
 
 def _mask_kinds(sites: Sequence[AttentionSite]) -> str:
-    kinds = Counter(_mask_kind(site) for site in sites)
+    kinds = Counter(str(site.mask) for site in sites)
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-
-
-def _mask_kind(site: AttentionSite) -> str:
-    if hasattr(site, "mask"):
-        return str(site.mask)
-    return "causal" if site.window is None else f"window {site.window}"
 
 
 def _token_ids(architecture: Architecture, tokens: int) -> Tensor:
