@@ -186,6 +186,7 @@ def _layers(located: KVProgram, press: Press | None, selected: frozenset[int] | 
                 dtype=str(keys.dtype).removeprefix("torch."),
                 pressed=press is not None and site.pressable and (selected is None or site.layer in selected),
                 ring=site.mask.reach,
+                tracks_positions=site.tracks_positions,
             )
         )
     return tuple(layers)

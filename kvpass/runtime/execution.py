@@ -186,7 +186,7 @@ class Execution:
                     inputs.append(cache.next_of_rows[rows, None] + steps)
                 case Role.LENGTHS:
                     inputs.append(cache.lengths if whole else cache.lengths[:, rows].contiguous())
-                case Role.KEYS | Role.VALUES:
+                case Role.KEYS | Role.VALUES | Role.POSITIONS:
                     buffer = _buffer(cache, port)
                     inputs.append(buffer if whole else buffer[rows])
                 case Role.NEW_TOKENS if port.name not in given:
@@ -198,7 +198,7 @@ class Execution:
 
 def _buffer(cache: CompressedCache, port: Port) -> Tensor:
     assert port.layer is not None
-    return cache.buffers(port.layer)[port.role is Role.VALUES]
+    return cache.buffers(port.layer)[(Role.KEYS, Role.VALUES, Role.POSITIONS).index(port.role)]
 
 
 def _next_positions(plan: _Plan) -> list[int]:
