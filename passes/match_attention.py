@@ -100,7 +100,9 @@ def _replace(program: KVProgram, builder: GraphBuilder, probe: Probe, measured: 
     inputs = [*states, mask, *sinks, *slopes]
     (node,) = builder.inline(attention, inputs, names=["attention"], like=written.softmax)
     if probe.result.heads_at != 1:
-        (node,) = builder.inline(probe.result.place, [node], names=["attended"], like=written.softmax)
+        (node,) = builder.inline(
+            lambda states: probe.result.place(states), [node], names=["attended"], like=written.softmax
+        )
     written.out.replace_all_uses_with(node)
 
 
@@ -108,7 +110,7 @@ def _restored(builder: GraphBuilder, node: Node, layout: Layout) -> Node:
     """States as [B, heads, S, D]."""
     if layout.heads_at == 1:
         return node
-    (restored,) = builder.inline(layout.restore, [node], names=["states"], like=node)
+    (restored,) = builder.inline(lambda states: layout.restore(states), [node], names=["states"], like=node)
     return restored
 
 

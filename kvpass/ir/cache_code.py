@@ -150,7 +150,7 @@ def _grouped(
 ) -> Tensor:
     """Attention of q [B, H, S, D] where seen bool[B, S, C]; the queries of a KV head lie in the query axis.
 
-    distance i64[B, Hkv or 1, S, C] is how far behind the query (negative: in front of it) each entry is.
+    distance i64[B, Hkv or 1, S, C] is the position of an entry less that of a query.
     """
     heads, tokens = q.shape[1], q.shape[2]
     groups = heads // keys.shape[1]

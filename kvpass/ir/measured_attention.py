@@ -48,7 +48,7 @@ class Probe:
         self.result = _layout(program, attention.out, merged=True)
         self.whole = Subgraph(states, (attention.out,))
         self.logits = Subgraph(states[:2], (attention.scores,))
-        if program.input_node(Role.INPUT_IDS) in self.whole.leaves():
+        if program.input_node(Role.INPUT_IDS) in (*self.whole.leaves(), *self.logits.leaves()):
             raise NotAttentionError("its mask or bias depends on the tokens, not only on their positions")
         self.heads, self.kv_heads, self.value_heads = (
             int(layout.restore(node.meta["val"]).shape[1]) for layout, node in zip(self.layouts, states, strict=True)

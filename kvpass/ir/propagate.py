@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor, no_grad
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -17,7 +18,7 @@ SYMBOLIC = (SymInt, SymFloat, SymBool)
 def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, Any]:
     """The value of every node, given fake tensors for the placeholders; the graph is not changed."""
     values: dict[Node, Any] = {}
-    with program.shapes.fake_mode, no_grad():
+    with program.shapes.fake_mode, enable_python_dispatcher(), no_grad():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = inputs[str(node.target)]
