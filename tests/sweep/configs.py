@@ -75,7 +75,7 @@ class Architecture:
 
     def shallow(self) -> "Architecture":
         """With the first two layers alone."""
-        fields = {name: 2 if name in _DEPTHS else value for name, value in self.fields.items()}
+        fields: dict[str, Any] = {name: 2 if name in _DEPTHS else value for name, value in self.fields.items()}
         fields |= {name: fields[name][:2] for name in ("layer_types", "mlp_layer_types") if name in fields}
         return replace(self, fields=fields)
 
