@@ -7,7 +7,7 @@ One table of field values serves nearly all classes, because they name their fie
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -51,6 +51,7 @@ _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("mamba_num_heads", "linear_num_heads", "n_mamba_heads"), 4),
     **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 1),
     "mamba_d_ssm": 64,
+    "no_rope_layer_interval": 2,  # in the layers without windows, as in the real ones
     "attention_multiplier": 0.25,  # 1 by default, which makes attention pick one token
     "use_sliding_window": True,
     "pad_token_id": 0,
@@ -71,6 +72,12 @@ class Architecture:
 
     def config(self) -> PreTrainedConfig:
         return self.config_class(**self.fields)
+
+    def shallow(self) -> "Architecture":
+        """With the first two layers alone."""
+        fields: dict[str, Any] = {name: 2 if name in _DEPTHS else value for name, value in self.fields.items()}
+        fields |= {name: fields[name][:2] for name in ("layer_types", "mlp_layer_types") if name in fields}
+        return replace(self, fields=fields)
 
 
 @cache

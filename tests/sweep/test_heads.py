@@ -9,11 +9,12 @@ FORMS = {
     "gpt_bigcode": "streaming_llm",  # one KV head, fused, learned positions
     "gpt_neox": "snapkv",  # fused, partial RoPE
     "gpt2": "expected_attention",  # fused with transposed weights, learned positions
-    "phi3": "knorm",  # fused
+    "phi3": "expected_attention",  # fused
     "olmo2": "streaming_llm",  # norm over the full width of q and k
     "qwen3_moe": "knorm",  # norm per head, experts
     "mixtral": "snapkv",  # experts
-    "deepseek_v3": "expected_attention",  # MLA
+    "deepseek_v3": "knorm",  # MLA
+    "gemma4_text": "knorm",  # head sizes differ between layers
 }
 
 

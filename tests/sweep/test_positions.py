@@ -10,9 +10,11 @@ FORMS = {
     "opt": ("knorm", "2 causal"),  # learned positions with an offset
     "glm": ("snapkv", "2 causal"),  # interleaved and partial RoPE
     "cohere": ("streaming_llm", "2 causal"),  # interleaved RoPE
-    "smollm3": ("knorm", "2 causal, 2 window 16"),  # no RoPE in some layers
-    "qwen3": ("snapkv", "2 causal, 2 window 16"),  # windows in some layers
-    "gemma3_text": ("expected_attention", "2 causal, 2 window 16"),  # a RoPE table for each kind of layer
+    "smollm3": ("knorm", "1 causal, 1 window 16"),  # no RoPE in some layers
+    "qwen3": ("snapkv", "1 causal, 1 window 16"),  # windows in some layers
+    "qwen2_moe": ("streaming_llm", "1 causal, 1 window 16"),  # its attention is not told of its window
+    "llama4_text": ("snapkv", "1 causal, 1 chunk 16"),  # chunks, RoPE by complex numbers
+    "gemma3_text": ("streaming_llm", "1 causal, 1 window 16"),  # a RoPE table for each kind of layer
 }
 
 
