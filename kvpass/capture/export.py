@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch._decomp import get_decompositions
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -78,9 +79,20 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), warnings.catch_warnings():
         # torch 2.13's own export uses a class that it deprecates; nobody who reads it could do anything about it.
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
-        exported = torch.export.export(
-            _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
-        )
+        call, given = _Signature(model, fixed), (ids, positions)
+        try:
+            exported = torch.export.export(call, given, dynamic_shapes=(sizes, sizes), strict=False)
+        except UserError as error:
+            if "Constraints violated" not in str(error) or f"!= {max_tokens}." in str(error):
+                raise
+            # Guards that torch cannot see to be always true become checks, which specialize-phase settles.
+            exported = torch.export.export(
+                call,
+                given,
+                dynamic_shapes=(sizes, sizes),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
         functional: ExportedProgram = exported.run_decompositions(DECOMPOSITIONS)
         return functional
 
