@@ -1,4 +1,4 @@
-"""The command line: `kvpass demo`, `kvpass presses`, `kvpass calibrate`, `kvpass quality`."""
+"""The command line: `kvpass demo`, `kvpass inspect`, `kvpass presses`, `kvpass calibrate`, `kvpass quality`."""
 
 import importlib.metadata
 import textwrap
@@ -15,6 +15,7 @@ from rich.text import Text
 from kvpass.calibrate.run import run_calibrate
 from kvpass.demo.run import run_demo
 from kvpass.errors import KVPassError
+from kvpass.inspection.run import run_inspect
 from kvpass.press import Press
 from kvpass.press_facts import PressFacts, docstring, facts_of, fields_of
 from kvpass.quality.run import run_quality
@@ -96,6 +97,18 @@ def quality(
     with _errors_in_one_line():
         table = run_quality(Console(stderr=True), tokens, continuation, ratio or [0.25, 0.5, 0.75], press or ())
         typer.echo(table, nl=False)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="A folder of transformers, a hub id, or smollm2.")] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Instead of a model: a tiny random one of this architecture, e.g. qwen3.")
+    ] = None,
+) -> None:
+    """Show the attentions found in a model: masks, heads, RoPE, and which presses can run; or why it is refused."""
+    with _errors_in_one_line():
+        run_inspect(Console(), model, arch)
 
 
 @app.command()

@@ -15,8 +15,9 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvpass.inspection.architectures import architectures
+
 from .check import PRESSES, Outcome, Result
-from .configs import architectures
 from .running import run_all
 from .table import counts, markdown
 

@@ -1,7 +1,8 @@
 """What the sweep's tests share."""
 
+from kvpass.inspection.architectures import architectures
+
 from .check import Outcome, Result, check
-from .configs import architectures
 
 
 def assert_equal(name: str, press: str) -> Result:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 import kvpass
 from kvpass.errors import MissingTapError, PressError, UnsupportedModelError
+from kvpass.inspection.architectures import Architecture
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 
-from .configs import Architecture
 from .oracle import eager_logits, hidden_from, logits_without
 from .weights import sweep_model
 

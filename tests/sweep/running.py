@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from kvpass.inspection.architectures import Architecture
+
 from .check import Outcome, Result, Verdict, check, failure
-from .configs import Architecture
 
 
 @dataclass

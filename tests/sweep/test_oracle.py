@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kvpass.inspection.architectures import architectures
+
 from . import check as checking
 from .check import Mismatch, Outcome, Result, Verdict, check
-from .configs import architectures
 from .oracle import eager_logits, hidden_from, logits_without
 from .table import counts, markdown
 from .weights import sweep_model

@@ -2,9 +2,10 @@
 
 import pytest
 
+from kvpass.inspection.architectures import architectures
+
 from .asserting import assert_equal
 from .check import Outcome, check
-from .configs import architectures
 
 FORMS = {
     "opt": ("knorm", "2 causal"),  # learned positions with an offset

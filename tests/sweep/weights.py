@@ -10,7 +10,7 @@ import zlib
 import torch
 from transformers import PreTrainedModel
 
-from .configs import Architecture
+from kvpass.inspection.architectures import Architecture
 
 _QUERIES_AND_KEYS = re.compile(r"(^|[._])(q|k|wq|wk|query|key|qkv|Wqkv|c_attn|query_key_value)([._]|$)")
 _SHARPER = 1.6  # queries and keys are larger by this, attention logits by its square

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .overrides import LEFT_OUT, OVERRIDES, VARIANTS
+from kvpass.inspection.overrides import LEFT_OUT, OVERRIDES, VARIANTS
 
 WINDOW = 16
 LONGEST = 512
