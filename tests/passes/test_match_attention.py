@@ -92,7 +92,7 @@ def test_found_and_equal(style: str) -> None:
     (site,) = attention_sites(program)
     assert site.node.target is (ATTENTION if style in ("cap and sinks", "slopes") else SDPA)
     assert site.keys.meta["val"].shape[1] == 2
-    assert site.scale == pytest.approx({"matmul": 0.4, "window": 1.0}.get(style, 0.3), abs=1e-7)
+    assert site.scale == pytest.approx({"matmul": 1.0, "window": 1.0}.get(style, 0.3), abs=1e-7)
     assert site.softcap == (5.0 if style == "cap and sinks" else None)
     assert str(site.mask) == ("window 16" if style == "window" else "causal")
     assert "softmax" not in graph_text(program)
