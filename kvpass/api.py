@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from transformers import GenerationConfig, PretrainedConfig
 
 from kvpass.budget import Budget
@@ -40,23 +41,31 @@ class CapturedModel:
     records: tuple[PassRecord, ...]
 
 
-def capture_model(model: nn.Module, *, max_tokens: int | None = None, print_ir: PrintIR = None) -> CapturedModel:
+def capture_model(
+    model: nn.Module | ExportedProgram,
+    *,
+    max_tokens: int | None = None,
+    config: PretrainedConfig | None = None,
+    generation_config: GenerationConfig | None = None,
+    print_ir: PrintIR = None,
+) -> CapturedModel:
     """Export `model` and locate its attentions: the slow part of `compile`, for when several presses are tried.
 
+    config, generation_config: what `generate` goes by, for a model that brings none of its own; defaults will do.
     max_tokens: the longest text that will be read, by default what the model's config says. RoPE of type "dynamic" or
     "longrope", which has other frequencies for long texts, gets those for texts of this length, whatever their length.
     Raises `UnsupportedModelError` if the model cannot be captured or an attention not be located.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module | ExportedProgram):
         raise UnsupportedModelError(
-            f"the model is a {type(model).__name__}, expected a torch module; load a checkpoint by its name with "
-            "transformers.AutoModelForCausalLM.from_pretrained first"
+            f"the model is a {type(model).__name__}, expected a torch module or an ExportedProgram; load a "
+            "checkpoint by its name with transformers.AutoModelForCausalLM.from_pretrained first"
         )
-    config = _config_of(model)
+    config = copy.deepcopy(config or _config_of(model))
     manager = PassManager(capture_passes(), print_ir=print_ir)
     program = manager.run(capture(model, max_tokens=max_tokens))
     program.model_name = str(config.name_or_path or "")
-    generation_config = _generation_config_of(model)
+    generation_config = copy.deepcopy(generation_config or _generation_config_of(model))
     return CapturedModel(
         PhaseGraphs(program),
         config,
@@ -68,7 +77,7 @@ def capture_model(model: nn.Module, *, max_tokens: int | None = None, print_ir: 
 
 
 def compile(
-    model: nn.Module | CapturedModel,
+    model: nn.Module | ExportedProgram | CapturedModel,
     press: str | Press | object | None = None,
     ratio: float | None = None,
     *,
@@ -79,12 +88,14 @@ def compile(
     mode: str | None = None,
     capacity: int | None = None,
     max_tokens: int | None = None,
+    config: PretrainedConfig | None = None,
+    generation_config: GenerationConfig | None = None,
     print_ir: PrintIR = None,
 ) -> CompiledModel:
     """Capture `model` and fuse KV-cache compression into its graph; the model itself stays as it is.
 
-    model: a causal LM of transformers, a module with forward(input_ids, position_ids) -> logits, or what
-        `capture_model` returned.
+    model: a causal LM of transformers, a module with forward(input_ids) or forward(input_ids, position_ids) -> logits,
+        a program that torch.export made of one (dynamic batch and length), or what `capture_model` returned.
     press: a name (`kvpass.registered_presses()`), with options if wanted ("chunkkv(snapkv, chunk_length=16)"), a press
         object, also one of kvpress, or None: compiled, nothing is dropped.
     ratio: the fraction of key/value pairs that a prompt loses, 0 <= ratio < 1.
@@ -96,7 +107,7 @@ def compile(
     backend, mode: as for `torch.compile`; backend="eager" runs the graph as it is. Compilation happens at the first
         call of each phase (prefill, extend, decode).
     capacity: slots per layer that are allocated at once and never exceeded; None lets the cache grow.
-    max_tokens: the longest text that will be read, see `capture_model`.
+    max_tokens, config, generation_config: see `capture_model`.
     print_ir: as `KVPASS_PRINT_IR`, or a function of pass name and graph text.
 
     Raises `PressError` for an unknown press or bad options, `MissingTapError` if the press reads a tensor that the
@@ -120,7 +131,13 @@ def compile(
         chosen = None
     captured = model
     if not isinstance(captured, CapturedModel):
-        captured = capture_model(captured, max_tokens=max_tokens, print_ir=print_ir)
+        captured = capture_model(
+            captured,
+            max_tokens=max_tokens,
+            config=config,
+            generation_config=generation_config,
+            print_ir=print_ir,
+        )
     elif max_tokens not in (None, captured.max_tokens):
         raise InputError(f"max_tokens={max_tokens}: the model was captured for {captured.max_tokens}; capture it anew")
     selected = _selected(captured.graphs.located, layers)
@@ -169,12 +186,13 @@ def _layers(located: KVProgram, press: Press | None, selected: frozenset[int] | 
                 dtype=str(keys.dtype).removeprefix("torch."),
                 pressed=press is not None and site.pressable and (selected is None or site.layer in selected),
                 ring=site.mask.reach,
+                tracks_positions=site.tracks_positions,
             )
         )
     return tuple(layers)
 
 
-def _fingerprint(model: nn.Module) -> str:
+def _fingerprint(model: nn.Module | ExportedProgram) -> str:
     """Tells models apart: names, shapes and the first numbers of all parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -184,11 +202,11 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _config_of(model: nn.Module) -> PretrainedConfig:
+def _config_of(model: nn.Module | ExportedProgram) -> PretrainedConfig:
     config = getattr(model, "config", None)
-    return copy.deepcopy(config) if isinstance(config, PretrainedConfig) else PretrainedConfig()
+    return config if isinstance(config, PretrainedConfig) else PretrainedConfig()
 
 
-def _generation_config_of(model: nn.Module) -> GenerationConfig:
+def _generation_config_of(model: nn.Module | ExportedProgram) -> GenerationConfig:
     config = getattr(model, "generation_config", None)
-    return copy.deepcopy(config) if isinstance(config, GenerationConfig) else GenerationConfig()
+    return config if isinstance(config, GenerationConfig) else GenerationConfig()

@@ -8,8 +8,9 @@ from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from kvpass.capture.export import export_model, program_from_export
+from kvpass.capture.export import DECOMPOSITIONS, export_model, program_from_export
 from kvpass.capture.fixed_rope import rope_fixed_for
+from kvpass.capture.interface import interface_of
 from kvpass.capture.transformers_model import (
     OwnAttentionError,
     attending_with,
@@ -24,16 +25,19 @@ __all__ = ["capture"]
 PLAIN = ("sdpa", "eager")  # attention that is made of tensor operations
 
 
-def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None = None) -> KVProgram:
+def capture(model: nn.Module | ExportedProgram, *, registry: bool = True, max_tokens: int | None = None) -> KVProgram:
     """Capture `model` as a program (input_ids i64[B, S], position_ids i64[B, S]) -> logits [B, S, V].
 
     A transformers model is captured through its attention registry; one with attention code of its own (any one with
     `registry=False`) as it is, with eager attention or sdpa, and what that does is found in the graph. Any other
-    module must have a forward that takes token ids, and `position_ids` if it can, and returns logits [B, S, V].
-    `max_tokens` is the longest text it will read, by default what its config says.
+    module must have a forward that takes token ids, and `position_ids` if it can, and returns logits [B, S, V]; so
+    must a program that was exported already, with dynamic batch and length. `max_tokens` is the longest text it will
+    read, by default what its config or its export says.
 
     Raises `UnsupportedModelError` if torch.export cannot capture the model or it lacks those inputs.
     """
+    if isinstance(model, ExportedProgram):
+        return _from_export(model, max_tokens)
     training = model.training
     model.eval()
     longest = max_tokens or max_tokens_of(model)
@@ -53,6 +57,15 @@ def capture(model: nn.Module, *, registry: bool = True, max_tokens: int | None =
         ) from error
     finally:
         model.train(training)
+
+
+def _from_export(exported: ExportedProgram, max_tokens: int | None) -> KVProgram:
+    interface = interface_of(exported)
+    if max_tokens is not None and max_tokens > interface.max_tokens:
+        raise UnsupportedModelError(f"max_tokens={max_tokens}: the program was exported for {interface.max_tokens}")
+    program = program_from_export(exported.run_decompositions(DECOMPOSITIONS), interface)
+    program.max_tokens = max_tokens or interface.max_tokens
+    return program
 
 
 def _export(model: nn.Module, longest: int, registry: bool) -> tuple[ExportedProgram, int]:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch._decomp import get_decompositions
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from kvpass.capture.interface import OURS, Interface
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram, Port, Role
@@ -77,15 +79,29 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), warnings.catch_warnings():
         # torch 2.13's own export uses a class that it deprecates; nobody who reads it could do anything about it.
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
-        exported = torch.export.export(
-            _Signature(model, fixed), (ids, positions), dynamic_shapes=(sizes, sizes), strict=False
-        )
+        call, given = _Signature(model, fixed), (ids, positions)
+        try:
+            exported = torch.export.export(call, given, dynamic_shapes=(sizes, sizes), strict=False)
+        except UserError as error:
+            if "Constraints violated" not in str(error) or f"!= {max_tokens}." in str(error):
+                raise
+            # Guards that torch cannot see to be always true become checks, which specialize-phase settles.
+            exported = torch.export.export(
+                call,
+                given,
+                dynamic_shapes=(sizes, sizes),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
         functional: ExportedProgram = exported.run_decompositions(DECOMPOSITIONS)
         return functional
 
 
-def program_from_export(exported: ExportedProgram) -> KVProgram:
-    """A KVProgram over the parameters of `exported`; nodes are renamed by operator and order of appearance."""
+def program_from_export(exported: ExportedProgram, interface: Interface = OURS) -> KVProgram:
+    """A KVProgram over the parameters of `exported`; nodes are renamed by operator and order of appearance.
+
+    `interface` says what its inputs and outputs are.
+    """
     signature = exported.graph_signature
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
@@ -100,9 +116,7 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
     placed: dict[Node, Node] = {}
     live: dict[str, Tensor] = {}
     parameters = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in attributes]
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and node.name not in attributes:
-            placed[node] = graph.placeholder(str(node.target))
+    ids, positions = (graph.placeholder(role.value) for role in (Role.INPUT_IDS, Role.POSITION_IDS))
     for node in parameters:
         if not node.users:  # the dead twin of a tied weight
             continue
@@ -110,6 +124,10 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
         target = name.removeprefix("model.")  # the atom that _Signature added
         live[target] = tensors[name]
         placed[node] = graph.create_node("get_attr", target)
+    known = {interface.ids: ids, interface.positions: positions}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name not in attributes and node.users:
+            placed[node] = known.get(node.name) or _all_ones(graph, ids, node.meta["val"].dtype)
     for node in exported.graph.nodes:
         if node.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), placed.__getitem__)
@@ -120,7 +138,7 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
                 f"node {node.name}: the export holds a {node.op!r}; only operator calls are understood"
             )
     (returned,) = exported.graph.output_node().args
-    graph.output(torch.fx.node.map_arg(returned, placed.__getitem__))
+    graph.output((placed[returned[interface.logits]],))
     graph.eliminate_dead_code()
 
     inputs = tuple(Port(str(n.target), Role(str(n.target))) for n in graph.nodes if n.op == "placeholder")
@@ -135,6 +153,13 @@ def program_from_export(exported: ExportedProgram) -> KVProgram:
     shape = (program.shapes.dim("B", EXAMPLE_BATCH + 1), program.shapes.dim("S", EXAMPLE_LENGTH + 5))
     assign_values(program, {p.name: program.shapes.empty(shape, torch.int64, device) for p in inputs})
     return program
+
+
+def _all_ones(graph: Graph, ids: Node, dtype: torch.dtype) -> Node:
+    """A padding mask [B, S] where there is no padding."""
+    size = torch.ops.aten.sym_size.int
+    sizes = [graph.call_function(size, (ids, axis)) for axis in range(2)]
+    return graph.call_function(torch.ops.aten.ones.default, (sizes,), {"dtype": dtype})
 
 
 def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -64,6 +64,7 @@ class KVProgram:
     layer_count: int = 0
     model_name: str = ""  # as its checkpoint is called
     max_tokens: int = 2**20  # the longest text
+    rows_share_positions: bool = False  # whether the graph reads the positions of the first row alone
     notes: tuple[str, ...] = ()  # what was decided at capture and changes results
     history: tuple[str, ...] = field(default=())
 

@@ -4,8 +4,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch import SymBool, SymFloat, SymInt, Tensor, no_grad
-from torch._dispatch.python import enable_python_dispatcher
+from torch import SymBool, SymFloat, SymInt, Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -18,7 +17,7 @@ SYMBOLIC = (SymInt, SymFloat, SymBool)
 def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, Any]:
     """The value of every node, given fake tensors for the placeholders; the graph is not changed."""
     values: dict[Node, Any] = {}
-    with program.shapes.fake_mode, enable_python_dispatcher(), no_grad():
+    with program.shapes.computing():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = inputs[str(node.target)]
@@ -53,7 +52,7 @@ def _replace_by_constant(user: Node, size: Node) -> None:
 def refresh_values(program: KVProgram, changed: Node) -> None:
     """Recompute the values of all that depends on `changed`, whose own value is right."""
     stale = reached_from([changed], program.graph.nodes) - {changed}
-    with program.shapes.fake_mode, no_grad():
+    with program.shapes.computing():
         for node in sorted(node for node in stale if node.op == "call_function"):
             node.meta["val"] = call(node, lambda source: source.meta["val"])
 

@@ -51,11 +51,18 @@ class GraphRope:
         return tuple(t.mean(dim=axis, keepdim=True) for t, axis in zip(frequencies, axes, strict=True))
 
     def rotate(self, states: Tensor, frequencies: tuple[Tensor, ...]) -> Tensor:
-        """states [B, heads, P, D]."""
+        """states [B, heads, P, D]; one head stands for all where the graph reshapes for its number of heads."""
+        heads = int(self.rotation.pre.meta["val"].shape[1])
+        if states.shape[1] == 1 != heads and any(self._names(node, heads) for node in self.rotation.apply.body):
+            return self.rotate(states.expand(-1, heads, -1, -1), frequencies)[:, :1]
         sizes = self.program.shapes.bind(B=states.shape[0], S=states.shape[2])
         given = dict(zip(self.rotation.apply.inputs, (states, *frequencies), strict=True))
         (rotated,) = self.rotation.apply.run({**given, **self.constants}, sizes)
         return rotated
+
+    def _names(self, node: Node, heads: int) -> bool:
+        """Whether a node's sizes say how many heads there are."""
+        return any(isinstance(arg, list | tuple) and heads in arg for arg in node.args)
 
     def _length_axis(self, node: Node) -> int:
         text = self.program.shapes.text

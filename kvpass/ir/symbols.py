@@ -1,12 +1,14 @@
 """Named symbolic sizes: the one place that talks to torch's shape environment."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import sympy
 import torch
 from torch import SymInt, Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
@@ -68,6 +70,13 @@ class SymbolicShapes:
     def fake(self, real: Tensor) -> Tensor:
         """The fake twin of a parameter or buffer, all sizes constant."""
         return cast(Tensor, self.fake_mode.from_tensor(real, static_shapes=True))
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Fake values instead of numbers; sizes that only data can tell (tokens of an expert) stay unknown."""
+        unknown = self.shape_env.ignore_fresh_unbacked_symbols()
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad(), unknown:
+            yield
 
     def text(self, size: object) -> str:
         """A size in our names, e.g. `S - 64`; equal in every process."""

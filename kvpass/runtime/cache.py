@@ -31,8 +31,7 @@ class CompressedCache(Cache):
         self.device = torch.device(device)
         self._extent = Extent()
         self._context = Context()
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._buffers: list[tuple[Tensor, ...]] = []
         self._kept: list[Tensor | None] = [None] * len(layout.layers)  # positions of what the prefill left
         self._rings: Stored = {}  # those at the end of the context, kept from when new tokens overwrite them
         self.lengths = torch.empty(0)  # i64[L, B], entries in use; of rings, tokens seen
@@ -40,20 +39,17 @@ class CompressedCache(Cache):
 
     # -- what the graphs read and write ------------------------------------------------------------------------
 
-    def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The whole storage of a layer, free slots included. [B, Hkv, C, D] each"""
-        return self._keys[layer], self._values[layer]
+    def buffers(self, layer: int) -> tuple[Tensor, ...]:
+        """The storage of a layer, free slots included: keys, values [B, Hkv, C, D], perhaps positions i64[B, Hkv, C]"""
+        return self._buffers[layer]
 
     def allocate(self, batch: int, entries: Sequence[int]) -> None:
         """Room for a fresh prefill that leaves at most `entries[layer]` in each row of a layer."""
-        self._keys, self._values = [], []
         with torch.inference_mode(False):
-            for layer, need in zip(self.layout.layers, entries, strict=True):
-                dtype = getattr(torch, layer.dtype)
-                shapes = layer.shapes(batch, self.layout.slots(layer, need))
-                keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for shape in shapes)
-                self._keys.append(keys)
-                self._values.append(values)
+            self._buffers = [
+                layer.buffers(batch, self.layout.slots(layer, need), self.device)
+                for layer, need in zip(self.layout.layers, entries, strict=True)
+            ]
             self.lengths = torch.zeros(len(entries), batch, dtype=torch.int64, device=self.device)
             self.next_of_rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._extent = Extent(seen=(0,) * batch)
@@ -89,14 +85,14 @@ class CompressedCache(Cache):
             capacity = self.layout.slots(layer, used)
             if kept is not None:
                 self._kept[index] = kept[:, :, :used]
-            if capacity < 0.75 * self._keys[index].shape[2]:
+            if capacity < 0.75 * self._buffers[index][0].shape[2]:
                 self._resize(index, capacity)
 
     def reserve(self, tokens: int) -> None:
         """Make sure that `tokens` more entries fit; grows in steps, so that growth is rare."""
         for index, layer in enumerate(self.layout.layers):
             need = max(self._entries(index)) + tokens
-            slots = self._keys[index].shape[2]
+            slots = self._buffers[index][0].shape[2]
             if need > slots and slots != layer.ring:
                 self._resize(index, self.layout.slots(layer, need))
             if layer.ring is not None and need > layer.ring and index not in self._rings:
@@ -106,7 +102,8 @@ class CompressedCache(Cache):
         """Keep what the context left in a ring before it is overwritten for the first time."""
         whole = max(self._entries(index)) <= ring or self._context.extent == self._extent
         if whole and self._extent.columns:
-            self._rings[index] = (self._keys[index].clone(), self._values[index].clone())
+            keys, values = self._buffers[index]
+            self._rings[index] = (keys.clone(), values.clone())
 
     def advance(self, columns: int, tokens: Sequence[int] | None = None) -> None:
         """Note that `tokens[row]` entries, by default as many as `columns`, were appended to every layer."""
@@ -120,13 +117,13 @@ class CompressedCache(Cache):
         self.next_of_rows += more
 
     def _resize(self, index: int, capacity: int) -> None:
-        used = min(self._keys[index].shape[2], capacity)
+        used = min(self._buffers[index][0].shape[2], capacity)
+        layer = self.layout.layers[index]
         with torch.inference_mode(False):
-            for buffers in (self._keys, self._values):
-                old = buffers[index]
-                new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                new[:, :, :used] = old[:, :, :used]
-                buffers[index] = new
+            new = layer.buffers(self.lengths.shape[1], capacity, self.device)
+            for target, source in zip(new, self._buffers[index], strict=True):
+                target[:, :, :used] = source[:, :, :used]
+            self._buffers[index] = new
 
     def _entries(self, layer: int) -> list[int]:
         """How many entries each row has in use; of a ring, how many it has seen."""
@@ -165,22 +162,26 @@ class CompressedCache(Cache):
 
     def keys(self, layer: int) -> Tensor:
         """The occupied entries, in position order. [B, Hkv, n, D]; n is that of the fullest row. A view but of rings"""
-        return self._occupied(layer, self._keys)
+        return self._occupied(layer, 0)
 
     def values(self, layer: int) -> Tensor:
         """The occupied entries, in position order. [B, Hkv, n, D]; n is that of the fullest row. A view but of rings"""
-        return self._occupied(layer, self._values)
+        return self._occupied(layer, 1)
 
-    def _occupied(self, layer: int, buffers: list[Tensor]) -> Tensor:
-        ring = self.layout.layers[layer].ring
+    def _occupied(self, layer: int, which: int) -> Tensor:
+        ring, buffer = self.layout.layers[layer].ring, self._buffers[layer][which]
         if ring is None or self.seen_tokens <= ring:
-            return buffers[layer][:, :, : self.kept(layer)]
+            return buffer[:, :, : self.kept(layer)]
         slots = self.positions(layer).clamp(min=0) % ring
-        return buffers[layer].gather(2, slots[..., None].expand(-1, -1, -1, buffers[layer].shape[3]))
+        return buffer.gather(2, slots[..., None].expand(-1, -1, -1, buffer.shape[3]))
 
     def positions(self, layer: int) -> Tensor:
         """Which token of the text each entry was; -1 behind the end of a row that holds fewer. i64[B, Hkv, n]"""
-        batch, heads, n = self.lengths.shape[1] if self._keys else 0, self.layout.layers[layer].heads, self.kept(layer)
+        batch, heads, n = (
+            self.lengths.shape[1] if self._buffers else 0,
+            self.layout.layers[layer].heads,
+            self.kept(layer),
+        )
         slot = torch.arange(n, device=self.device).expand(batch, heads, n)
         if not n:
             return slot
@@ -200,7 +201,7 @@ class CompressedCache(Cache):
 
     def kept(self, layer: int) -> int:
         """How many entries each KV head of the layer holds, in the fullest row."""
-        if not self._keys:
+        if not self._buffers:
             return 0
         ring, entries = self.layout.layers[layer].ring, max(self._entries(layer))
         return entries if ring is None else min(entries, ring)
@@ -208,19 +209,17 @@ class CompressedCache(Cache):
     @property
     def batch_size(self) -> int | None:  # type: ignore[override]
         """Rows of the cache; None while it is empty."""
-        return self._keys[0].shape[0] if self._keys else None
+        return self._buffers[0][0].shape[0] if self._buffers else None
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage of keys and values, free slots and what `rewind` needs of rings included."""
-        rings = [t for pair in self._rings.values() for t in pair]
-        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values, *rings))
+        return sum(t.nbytes for held in (*self._buffers, *self._rings.values()) for t in held)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the occupied entries alone."""
-        layers = range(len(self._keys))
-        return sum(t[:, :, : self.kept(i)].nbytes for i in layers for t in (self._keys[i], self._values[i]))
+        return sum(t[:, :, : self.kept(layer)].nbytes for layer, held in enumerate(self._buffers) for t in held)
 
     def __len__(self) -> int:
         return len(self.layout.layers)
@@ -234,11 +233,11 @@ class CompressedCache(Cache):
     def rewind(self) -> Self:
         """Forget all that came after the context (the first prompt), so that another question can follow it."""
         self._extent = self._context.extent
-        for layer, (keys, values) in self._rings.items():
-            self._keys[layer][:, :, : keys.shape[2]] = keys
-            self._values[layer][:, :, : values.shape[2]] = values
+        for layer, held in self._rings.items():
+            for buffer, tensor in zip(self._buffers[layer], held, strict=True):
+                buffer[:, :, : tensor.shape[2]] = tensor
         self._rings = {}
-        if self._keys:
+        if self._buffers:
             self._sync_lengths()
         return self
 
@@ -293,14 +292,13 @@ class CompressedCache(Cache):
 
         twin = CompressedCache(self.layout, self.device)
         twin._extent, twin._context = self._extent, self._context
-        if rows is not None and self._keys:
+        if rows is not None and self._buffers:
             order = rows.tolist()
             twin._extent, twin._context = self._extent.selected(order), self._context.selected(order)
-        twin._keys = [chosen(t) for t in self._keys]
-        twin._values = [chosen(t) for t in self._values]
+        twin._buffers = [tuple(map(chosen, held)) for held in self._buffers]
         twin._kept = [None if t is None else chosen(t) for t in self._kept]
         twin._rings = {layer: (chosen(k), chosen(v)) for layer, (k, v) in self._rings.items()}
-        if self._keys:
+        if self._buffers:
             twin.lengths, twin.next_of_rows = chosen(self.lengths.T).T.contiguous(), chosen(self.next_of_rows)
         return twin
 

@@ -15,6 +15,7 @@ from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.layout import CacheLayout, Context, Extent, LayerLayout
 
 FORMAT = "kvpass-cache-3"
+NAMES = ("keys", "values", "positions")  # of a layer's buffers
 
 
 def save_cache(cache: CompressedCache, path: str | Path) -> None:
@@ -23,7 +24,7 @@ def save_cache(cache: CompressedCache, path: str | Path) -> None:
         raise CacheError("an empty cache cannot be saved; prefill it first")
     tensors: dict[str, Tensor] = {}
     for layer in range(len(cache)):
-        for name, buffer in zip(("keys", "values"), cache.buffers(layer), strict=True):
+        for name, buffer in zip(NAMES, cache.buffers(layer), strict=False):
             tensors[f"{name}.{layer}"] = buffer[:, :, : cache.kept(layer)].contiguous()
         kept = cache._kept[layer]
         if kept is not None:
@@ -54,11 +55,11 @@ def load_cache(path: str | Path, device: torch.device | str) -> CompressedCache:
     layers = tuple(LayerLayout(**layer) for layer in state["layout"]["layers"])
     layout = CacheLayout(layers, state["layout"]["model_id"], state["layout"]["capacity"])
     cache = CompressedCache(layout, device)
-    stored = [(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(len(cache))]
-    cache.allocate(stored[0][0].shape[0], [keys.shape[2] for keys, _ in stored])
-    for layer, pair in enumerate(stored):
-        for buffer, held in zip(cache.buffers(layer), pair, strict=True):
-            buffer[:, :, : held.shape[2]] = held
+    entries = [tensors[f"keys.{i}"].shape[2] for i in range(len(cache))]
+    cache.allocate(tensors["keys.0"].shape[0], entries)
+    for layer, used in enumerate(entries):
+        for name, buffer in zip(NAMES, cache.buffers(layer), strict=False):
+            buffer[:, :, :used] = tensors[f"{name}.{layer}"]
     cache.begin(_context(state["context"]), [tensors.get(f"kept.{i}") for i in range(len(cache))])
     cache._extent = _extent(state["extent"])
     rings = {int(name.partition(".")[2]) for name in tensors if name.startswith("ring_keys.")}

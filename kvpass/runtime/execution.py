@@ -149,18 +149,33 @@ class Execution:
         """Read tokens behind what the cache holds; their logits. [B, columns, V]"""
         tokens = rows.ids.shape[1]
         cache.reserve(tokens)
-        graph = self.phase(choose_phase(tokens, cache.seen_tokens or 1))
+        parts = [self._append_rows(cache, rows, group) for group in self._neighbours(cache, rows)]
+        cache.advance(columns, None if rows.alike and tokens == columns else rows.counts)
+        return rows.as_given(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def _neighbours(self, cache: CompressedCache, rows: Rows) -> list[slice]:
+        """All rows, but where a graph has one position for all: neighbours that stand at the same one."""
+        if not self.graphs.located.rows_share_positions:
+            return [slice(0, len(rows.counts))]
+        places = list(zip(cache.next_positions, rows.counts, strict=True))
+        starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1]]
+        return [slice(first, last) for first, last in zip(starts, [*starts[1:], len(places)], strict=True)]
+
+    def _append_rows(self, cache: CompressedCache, rows: Rows, chosen: slice) -> Tensor:
+        """The logits [b, S, V] of some rows; behind a row's own tokens they are of no use."""
+        longest, counts = rows.ids.shape[1], rows.counts[chosen]
+        ids = rows.ids[chosen, : max(counts)].contiguous()
+        graph = self.phase(choose_phase(ids.shape[1], cache.seen_tokens or 1))
         given = {}
         if any(port.role is Role.NEW_TOKENS for port in graph.program.inputs):
-            given[Role.NEW_TOKENS.value] = torch.tensor(rows.counts, device=self.device)
-        logits = self._run(graph, cache, slice(None), rows.ids, given)[0]
-        cache.advance(columns, None if rows.alike and tokens == columns else rows.counts)
-        return rows.as_given(logits)
+            given[Role.NEW_TOKENS.value] = torch.tensor(counts, device=self.device)
+        logits = self._run(graph, cache, chosen, ids, given)[0]
+        return torch.nn.functional.pad(logits, (0, 0, 0, longest - max(counts))) if max(counts) < longest else logits
 
     def _run(
         self, graph: PhaseGraph, cache: CompressedCache, rows: slice, ids: Tensor, given: Mapping[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        whole = rows == slice(None) or (rows.start, rows.stop) == (0, cache.lengths.shape[1])
+        whole = (rows.start, rows.stop) == (0, cache.lengths.shape[1])
         inputs = []
         for port in graph.program.inputs:
             match port.role:
@@ -171,7 +186,7 @@ class Execution:
                     inputs.append(cache.next_of_rows[rows, None] + steps)
                 case Role.LENGTHS:
                     inputs.append(cache.lengths if whole else cache.lengths[:, rows].contiguous())
-                case Role.KEYS | Role.VALUES:
+                case Role.KEYS | Role.VALUES | Role.POSITIONS:
                     buffer = _buffer(cache, port)
                     inputs.append(buffer if whole else buffer[rows])
                 case Role.NEW_TOKENS if port.name not in given:
@@ -183,7 +198,7 @@ class Execution:
 
 def _buffer(cache: CompressedCache, port: Port) -> Tensor:
     assert port.layer is not None
-    return cache.buffers(port.layer)[port.role is Role.VALUES]
+    return cache.buffers(port.layer)[(Role.KEYS, Role.VALUES, Role.POSITIONS).index(port.role)]
 
 
 def _next_positions(plan: _Plan) -> list[int]:

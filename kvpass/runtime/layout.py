@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
+from torch import Tensor
+
 from kvpass.errors import CacheError
 
 GRANULE = 64  # capacities grow in steps of at least this many slots
@@ -19,12 +22,16 @@ class LayerLayout:
     dtype: str  # of torch, without the prefix: "float32"
     pressed: bool
     ring: int | None = None  # slots of a layer of windows or chunks: token p lies in slot p % ring
+    tracks_positions: bool = False  # whether its graph reads where in the text an entry was (ALiBi)
 
-    def shapes(self, batch: int, capacity: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (
-            (batch, self.heads, capacity, self.key_size),
-            (batch, self.heads, capacity, self.value_size),
-        )
+    def buffers(self, batch: int, capacity: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Empty storage: keys and values [B, Hkv, C, D], and positions i64[B, Hkv, C] if it tracks them."""
+        slots = (batch, self.heads, capacity)
+        dtype = getattr(torch, self.dtype)
+        found = [torch.zeros(*slots, size, dtype=dtype, device=device) for size in (self.key_size, self.value_size)]
+        if self.tracks_positions:
+            found.append(torch.zeros(slots, dtype=torch.int64, device=device))
+        return tuple(found)
 
 
 @dataclass(frozen=True)

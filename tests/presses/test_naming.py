@@ -158,9 +158,15 @@ def test_the_question_of_finch() -> None:
     assert first.positions(0)[0, 0, -7:].tolist() == list(range(60, 67))
     out = by_id.generate(prompt, max_new_tokens=4, do_sample=False)
     assert out.shape == (2, 72)
+    ragged = prompt.clone()  # in the second row the question is longer
+    ragged[1, 58:61] = torch.tensor([-7, 5, 6])
+    alone = [by_id.prefill(row[None]).past_key_values for row in ragged]
+    both = by_id.prefill(ragged).past_key_values
+    for row, cache in enumerate(alone):
+        assert torch.equal(both.positions(1)[row, :, : cache.kept(1)], cache.positions(1)[0])
     with pytest.raises(InputError, match="must know where the question begins"):
         by_id.prefill(ids)
-    with pytest.raises(InputError, match="expected once in each row, in one column"):
+    with pytest.raises(InputError, match="expected once in each row"):
         by_id.prefill(torch.cat([delimiter, prompt], dim=1))
     with pytest.raises(InputError, match="asks for none"):
         compiled_model("llama", "knorm", ratio=0.5).prefill(ids, question_tokens=3)
