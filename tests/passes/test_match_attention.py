@@ -78,7 +78,7 @@ def written_out(*styles: str) -> PlainLM:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model.layers = nn.ModuleList(WrittenOut(style) for style in styles)
-    return model
+    return model.eval()
 
 
 FORMS = ["matmul", "einsum", "bmm", "grouped", "cap and sinks", "slopes", "window"]
