@@ -40,6 +40,8 @@ NAMES = {
     "ComposedPress": "composed",
 }
 
+OTHER_NAMES = {"delimiter": "delimiter_token_id"}  # fields that are called otherwise there
+
 
 def is_kvpress(press: object) -> bool:
     """Whether it is an object of a class of kvpress, or of one derived from it."""
@@ -58,8 +60,9 @@ def from_kvpress(press: object, class_of: Callable[[str], type[Press]]) -> tuple
     fields = {}
     names = [field.name for field in dataclasses.fields(cls)]
     for name in names:
-        if getattr(press, name, None) is not None:
-            fields[name] = _converted(getattr(press, name), class_of)
+        value = getattr(press, OTHER_NAMES.get(name, name), None)
+        if value is not None:
+            fields[name] = _converted(value, class_of)
     parts = getattr(press, "presses", None)
     if parts is not None and "ratios" in names:
         fields["ratios"] = tuple(_ratio_of(part) for part in parts)

@@ -110,11 +110,15 @@ class ComposedPress:
     presses = (SnapKVPress(), ThinKPress())
 
 
+class FinchPress:
+    compression_ratio, delimiter_token, delimiter_token_id, rerotate_keys = 0.5, "<|q|>", 77, False
+
+
 class OwnPress:
     compression_ratio = 0.5
 
 
-for _fake in (RandomPress, SnapKVPress, ChunkKVPress, ThinKPress, ComposedPress, OwnPress):
+for _fake in (RandomPress, SnapKVPress, ChunkKVPress, ThinKPress, ComposedPress, FinchPress, OwnPress):
     _fake.__module__ = "kvpress.presses.fake"
 
 
@@ -123,6 +127,7 @@ def test_presses_of_kvpress_are_taken_over() -> None:
     inner = presses.SnapKV(16, 3)
     assert resolve_press(RandomPress()) == (presses.Random(), 0.3)
     assert resolve_press(ChunkKVPress()) == (presses.ChunkKV(inner, 12), 0.25)
+    assert resolve_press(FinchPress()) == (presses.Finch(rerotate_keys=False, delimiter=77), 0.5)
     assert resolve_press(ThinKPress()) == (presses.ThinK(0.4, 16), None)
     assert resolve_press(ComposedPress()) == (presses.Composed((inner, presses.ThinK(0.4, 16)), (0.25, None)), None)
     model = compiled_model("llama", SnapKVPress())  # type: ignore[arg-type]
