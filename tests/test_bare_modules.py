@@ -64,7 +64,7 @@ def test_what_mixes_tokens_outside_attention_is_refused(mixing: str) -> None:
 
 
 def test_positions_that_were_not_found_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"layer 0: .* or on a position that was not found"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 0: .* depends on others, or on its place"):
         kvpass.capture_model(BareLM("counted"), max_tokens=CONTEXT)
 
 
