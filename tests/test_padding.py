@@ -90,3 +90,6 @@ def test_a_row_of_nothing_is_refused() -> None:
     mask[1] = 0
     with pytest.raises(InputError, match=r"rows \[1\] are nothing but padding"):
         compiled_model("llama").prefill(ids, mask)
+    cache = compiled_model("llama").prefill(ids).past_key_values
+    with pytest.raises(InputError, match=r"rows \[1\] are nothing but padding"):  # a single token too
+        compiled_model("llama")(input_ids=ids[:, :1], attention_mask=torch.tensor([[1], [0]]), past_key_values=cache)

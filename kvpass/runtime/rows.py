@@ -24,10 +24,6 @@ class Rows:
     place: Tensor | None = None
 
     @property
-    def longest(self) -> int:
-        return max(self.counts)
-
-    @property
     def alike(self) -> bool:
         """Whether all rows have the same number of tokens."""
         return len(set(self.counts)) == 1
@@ -51,11 +47,11 @@ class Rows:
 def without_padding(ids: Tensor, mask: Tensor | None) -> Rows:
     """Bring the tokens where `mask` [B, S] is not 0 to the left. Raises `InputError` for a row without any.
 
-    A mask is looked at on the host: one synchronisation for each prompt, none for single tokens.
+    A mask is looked at on the host, one synchronisation; `generate` gives none for single tokens.
     """
     batch, columns = ids.shape
     none: tuple[int | None, ...] = (None,) * batch
-    if mask is None or columns == 1:
+    if mask is None:
         return Rows(ids, (columns,) * batch, none)
     real = mask != 0
     counts = real.sum(dim=1)
