@@ -2,6 +2,7 @@
 
 from kvpass.ir.form import Phase
 from kvpass.pass_manager import Pass
+from kvpass.passes.accept_embeddings import AcceptEmbeddings
 from kvpass.passes.drop_noops import DropNoops
 from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.insert_kv_cache import InsertKVCache
@@ -32,8 +33,13 @@ def capture_passes() -> tuple[Pass, ...]:
     )
 
 
-def phase_passes(phase: Phase, press: Press | None, layers: frozenset[int] | None = None) -> tuple[Pass, ...]:
-    """Once for each phase of a compiled model; `layers` are those to press, None: all that can be."""
+def phase_passes(
+    phase: Phase, press: Press | None, layers: frozenset[int] | None = None, *, embeddings: bool = False
+) -> tuple[Pass, ...]:
+    """Once for each phase of a compiled model; `layers` are those to press, None: all that can be.
+
+    `embeddings`: the graph reads those instead of token ids.
+    """
     if phase is not Phase.PREFILL:
         press = None
     return (
@@ -47,4 +53,5 @@ def phase_passes(phase: Phase, press: Press | None, layers: frozenset[int] | Non
         # lower
         WriteCacheInPlace(),
         *((LowerAttention(),) if phase is Phase.PREFILL else ()),
+        *((AcceptEmbeddings(),) if embeddings else ()),
     )

@@ -45,7 +45,6 @@ class FindPositions(Pass):
         for node, replacement in replacements.items():
             node.replace_all_uses_with(replacement(builder, node, given))
             program.graph.erase_node(node)
-        program.rows_share_positions = bool(replacements)
         return len(replacements)
 
     def _counts(self, program: KVProgram, node: Node) -> bool:

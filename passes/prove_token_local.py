@@ -65,7 +65,29 @@ class ProveTokenLocal(Pass):
                 expected = together[node].narrow(1 if node is logits else 2, token, 1)
                 if not _close(alone[node], expected):
                     raise _mixed(program, where, node, f"number {token} depends on others, or on its place")
+        self._try_two_rows(program, stand_ins, watched, ids, positions)
         return len(sites)
+
+    def _try_two_rows(
+        self,
+        program: KVProgram,
+        stand_ins: Mapping[Node, Tensor],
+        watched: Mapping[Node, str],
+        ids: Tensor,
+        positions: Tensor,
+    ) -> None:
+        """Rows must not meet; whether they may stand at different positions (a module can read one row's) is noted."""
+        cut = {node: tensor[:, :, :3].expand(2, -1, -1, -1) for node, tensor in stand_ins.items()}
+        single = {node: tensor[:1] for node, tensor in cut.items()}
+        words, here, there = torch.cat([ids[:, :3], ids[:, -3:]]), positions[:, :3], positions[:, -3:]
+        alike = _Cut(program, cut, watched).values(words, torch.cat([here, here]))
+        alone = _Cut(program, single, watched).values(words[1:], here)
+        for node, where in watched.items():
+            if not _close(alike[node][1:], alone[node]):
+                raise _mixed(program, where, node, "changes with another row of the batch")
+        apart = _Cut(program, cut, watched).values(words, torch.cat([here, there]))
+        alone = _Cut(program, single, watched).values(words[1:], there)
+        program.rows_share_positions = not all(_close(apart[node][1:], alone[node]) for node in watched)
 
     def _stand_in(self, site: AttentionSite, tokens: int) -> Tensor:
         value: Tensor = site.node.meta["val"]

@@ -63,7 +63,9 @@ class BareLM(nn.Module):
             x = x + self.places(torch.arange(tokens, device=idx.device))
         elif self.positions == "counted":  # in a way that nobody looks for
             x = x + self.places(torch.ones_like(idx).cumsum(1) - 1)
-        table = self.table[:tokens] if self.positions == "table" else None
+        return self.body(x, self.table[:tokens] if self.positions == "table" else None)
+
+    def body(self, x: Tensor, table: Tensor | None) -> Tensor:
         for i, (norm, layer, mlp) in enumerate(zip(self.norms, self.layers, self.mlps, strict=True)):
             x = x + layer(norm(x), table)
             if i == 0:
@@ -83,4 +85,13 @@ class BareLM(nn.Module):
                 return x + x.cumsum(1)
             case "norm":
                 return x / x.std(dim=(1, 2), keepdim=True)
+            case "batch":
+                return x + x.mean(dim=0, keepdim=True)
         return x
+
+
+class OneRowsPositions(BareLM):
+    """Takes positions [B, S] and reads those of the first row for all of them."""
+
+    def forward(self, idx: Tensor, position_ids: Tensor) -> Tensor:
+        return self.body(self.tokens(idx) + self.places(position_ids[0]), None)

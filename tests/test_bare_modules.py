@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from bare_modules import CONTEXT, BareLM
+from bare_modules import CONTEXT, BareLM, OneRowsPositions
+from padding import padded
 
 import kvpass
 from kvpass.errors import UnsupportedModelError
@@ -56,7 +57,7 @@ def test_what_cannot_even_be_captured_for_one_token_is_refused(mixing: str) -> N
         kvpass.capture_model(BareLM(mixing=mixing), max_tokens=CONTEXT)
 
 
-@pytest.mark.parametrize("mixing", ["roll", "mean", "norm"])
+@pytest.mark.parametrize("mixing", ["roll", "mean", "norm", "batch"])
 def test_what_mixes_tokens_outside_attention_is_refused(mixing: str) -> None:
     """Named with the layer whose attention it reaches first."""
     with pytest.raises(UnsupportedModelError, match=r"layer 1: .* of a token "):
@@ -66,6 +67,19 @@ def test_what_mixes_tokens_outside_attention_is_refused(mixing: str) -> None:
 def test_positions_that_were_not_found_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layer 0: .* depends on others, or on its place"):
         kvpass.capture_model(BareLM("counted"), max_tokens=CONTEXT)
+
+
+@pytest.mark.parametrize("make", [BareLM, OneRowsPositions])
+def test_rows_at_different_positions_of_a_model_with_one_for_all(make: type[BareLM]) -> None:
+    """They go through the graph one after the other; what each row gets is what it gets alone."""
+    model = kvpass.compile(make(), press="knorm", ratio=0.5, backend="eager", max_tokens=CONTEXT)
+    rows = [ids(1, n, seed=n)[0] for n in (40, 25)]
+    text, mask = padded(rows, "left")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(text, attention_mask=mask, **options)[:, 40:]
+    for row, tokens in enumerate(rows):
+        expected = model.generate(tokens[None], attention_mask=torch.ones(1, len(tokens)), **options)
+        assert found[row].tolist() == expected[0, len(tokens) :].tolist()
 
 
 def test_a_table_that_is_too_short_is_named() -> None:

@@ -261,7 +261,7 @@ def test_input_ids_must_be_token_ids(ids: Any) -> None:
     ("name", "value"),
     [
         ("position_ids", torch.arange(9)[None]),
-        ("inputs_embeds", torch.zeros(1, 9, 64)),
+        ("pixel_values", torch.zeros(1, 3, 8, 8)),
         ("labels", torch.zeros(1, 9, dtype=torch.int64)),
         ("output_attentions", True),
         ("output_hidden_states", True),
@@ -349,7 +349,7 @@ def test_a_cache_of_another_batch_size_is_refused() -> None:
     model = compiled_model("llama", **HALF)
     cache = model.prefill(token_ids(2, 20)).past_key_values
     for tokens in (1, 4):
-        with refused(CacheError, r"the cache holds 2 rows, input_ids 3; cache\.batch_repeat_interleave\(n\) repeats"):
+        with refused(CacheError, r"the cache holds 2 rows, the new tokens 3; cache\.batch_repeat_interleave\(n\)"):
             model(input_ids=token_ids(3, tokens), past_key_values=cache)
     assert cache.seen_tokens == 20
     assert model(input_ids=token_ids(3, 8), past_key_values=model.new_cache()).logits.shape == (3, 1, 256)

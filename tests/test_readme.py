@@ -72,7 +72,7 @@ def test_every_press_has_parity_and_snapshots() -> None:
 def test_table_of_passes() -> None:
     """Names, forms and phases, in the order of the pipeline."""
     capture = list(capture_passes())
-    phases = {phase: list(phase_passes(phase, Knorm())) for phase in Phase}
+    phases = {phase: list(phase_passes(phase, Knorm(), embeddings=True)) for phase in Phase}
     expected = [[f"`{p.name}`", p.requires.name, p.produces.name, "capture"] for p in capture]
     for step in phases[Phase.PREFILL]:
         everywhere = all(step.name in [p.name for p in steps] for steps in phases.values())

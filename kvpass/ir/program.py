@@ -15,7 +15,9 @@ class Role(Enum):
     """What a graph input or output is."""
 
     INPUT_IDS = "input_ids"  # i64[B, S]
+    EMBEDDINGS = "inputs_embeds"  # [B, S, D_model], instead of the ids
     POSITION_IDS = "position_ids"  # i64[B, S], positions in the original text
+    POSITION_AXES = "position_axes"  # i64[axes, B, S], beside the ids' positions: time, height, width of an image
     LENGTHS = "lengths"  # i64[L, B], occupied cache slots before this call; of a ring, tokens seen
     NEW_TOKENS = "new_tokens"  # i64[B], how many of the S tokens are meant; those behind them are padding
     SIZE = "size"  # f32[n]; only its length counts, e.g. the pairs that a pressed layer keeps
@@ -82,6 +84,12 @@ class KVProgram:
 
     def placeholders(self) -> Iterator[Node]:
         return (node for node in self.graph.nodes if node.op == "placeholder")
+
+    @property
+    def axes(self) -> int:
+        """How many positions a token has: 1, or as many as the graph reads in `position_axes`."""
+        names = [port.name for port in self.inputs if port.role is Role.POSITION_AXES]
+        return next((int(node.meta["val"].shape[0]) for node in self.placeholders() if node.target in names), 1)
 
     def input_node(self, role: Role, layer: int | None = None) -> Node:
         """The placeholder that has this role."""

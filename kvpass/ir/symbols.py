@@ -33,6 +33,7 @@ class SymbolicShapes:
         # Duck shaping would take two sizes for one because their hints happen to agree.
         self.shape_env = ShapeEnv(duck_shape=False)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env)
+        self.fake_mode.cache_enabled = False  # filling it costs more than it saves
         self._sizes: dict[str, Size] = {}
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
 

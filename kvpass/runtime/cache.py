@@ -52,7 +52,7 @@ class CompressedCache(Cache):
             ]
             self.lengths = torch.zeros(len(entries), batch, dtype=torch.int64, device=self.device)
             self.next_of_rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self._extent = Extent(seen=(0,) * batch)
+        self._extent = Extent.empty(batch)
         self._context = Context.of_plain_text(self._extent, len(entries))
 
     def begin(
@@ -69,7 +69,7 @@ class CompressedCache(Cache):
             entries = list(context.entries)
             for layer, row in zip(counts, found, strict=True):
                 entries[layer] = tuple(row)
-            context = Context(context.extent, context.next_positions, tuple(entries))
+            context = Context(context.extent, tuple(entries))
         self._context, self._extent = context, context.extent
         self._rings = {}
         if counts:
@@ -105,16 +105,21 @@ class CompressedCache(Cache):
             keys, values = self._buffers[index]
             self._rings[index] = (keys.clone(), values.clone())
 
-    def advance(self, columns: int, tokens: Sequence[int] | None = None) -> None:
+    def advance(
+        self, columns: int, tokens: Sequence[int] | None = None, next_positions: Sequence[int] | None = None
+    ) -> None:
         """Note that `tokens[row]` entries, by default as many as `columns`, were appended to every layer."""
         counted = tuple(tokens) if tokens is not None else (columns,) * self.lengths.shape[1]
         first = self._extent.columns == 0
-        self._extent = self._extent.grown(columns, counted)
+        self._extent = self._extent.grown(columns, counted, next_positions)
         if first:  # a prompt that was kept whole is the context, as after a prefill
             self._context = Context.of_plain_text(self._extent, len(self))
         more = columns if tokens is None else torch.tensor(counted, device=self.device)
         self.lengths += more
-        self.next_of_rows += more
+        if next_positions is None:
+            self.next_of_rows += more
+        else:
+            self.next_of_rows.copy_(torch.tensor(next_positions))
 
     def _resize(self, index: int, capacity: int) -> None:
         used = min(self._buffers[index][0].shape[2], capacity)
@@ -151,9 +156,7 @@ class CompressedCache(Cache):
     @property
     def next_positions(self) -> tuple[int, ...]:
         """The position of the next token of each row."""
-        context = self._context
-        rows = zip(context.next_positions, self._extent.seen, context.extent.seen, strict=True)
-        return tuple(position + seen - before for position, seen, before in rows)
+        return self._extent.next
 
     @property
     def next_position(self) -> int:
@@ -265,10 +268,10 @@ class CompressedCache(Cache):
             )
         rings = [layer.ring for layer in self.layout.layers if layer.ring is not None and layer.ring < extent.longest]
         if rings or target < extent.whole:
-            why = f"a window of {min(rings)} tokens has moved on" if rings else "rows are padded there"
+            why = f"a window of {min(rings)} tokens has moved on" if rings else "rows are padded or embedded there"
             raise CacheError(f"cannot crop to {target} tokens: {why}; rewind(), copy() beforehand, or prefill again")
-        seen = tuple(tokens - removed for tokens in extent.seen)
-        self._extent = Extent(target, min(extent.whole, target), seen)
+        seen, following = (tuple(n - removed for n in numbers) for numbers in (extent.seen, extent.next))
+        self._extent = Extent(target, min(extent.whole, target), seen, following)
         if target < context.columns:
             self._context = Context.of_plain_text(self._extent, len(self))
         self._sync_lengths()

@@ -14,7 +14,7 @@ from kvpass.errors import CacheError
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.layout import CacheLayout, Context, Extent, LayerLayout
 
-FORMAT = "kvpass-cache-3"
+FORMAT = "kvpass-cache-4"
 NAMES = ("keys", "values", "positions")  # of a layer's buffers
 
 
@@ -69,9 +69,8 @@ def load_cache(path: str | Path, device: torch.device | str) -> CompressedCache:
 
 
 def _extent(state: dict[str, Any]) -> Extent:
-    return Extent(state["columns"], state["whole"], tuple(state["seen"]))
+    return Extent(state["columns"], state["whole"], tuple(state["seen"]), tuple(state["next"]))
 
 
 def _context(state: dict[str, Any]) -> Context:
-    entries = tuple(map(tuple, state["entries"]))
-    return Context(_extent(state["extent"]), tuple(state["next_positions"]), entries)
+    return Context(_extent(state["extent"]), tuple(map(tuple, state["entries"])))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpass.budget import Budget, Prompt
+from kvpass.errors import InputError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import Port, Role
 from kvpass.press import Press
@@ -59,14 +60,16 @@ class Execution:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.ready: dict[tuple[Phase, Press | None], PhaseGraph] = {}
+        self.ready: dict[tuple[Phase, Press | None, bool], PhaseGraph] = {}
 
-    def phase(self, phase: Phase, press: Press | None = None) -> PhaseGraph:
-        """The graph of a phase; the press matters in prefill alone."""
-        key = (phase, press)
+    def phase(self, phase: Phase, press: Press | None = None, *, embeddings: bool = False) -> PhaseGraph:
+        """The graph of a phase; the press matters in prefill alone. `embeddings`: it reads those instead of ids."""
+        key = (phase, press, embeddings)
         if key not in self.ready:
             recipe = self.recipe
-            self.ready[key] = self.graphs.get(phase, press, recipe.layers, recipe.backend, recipe.mode, recipe.print_ir)
+            self.ready[key] = self.graphs.get(
+                phase, press, recipe.layers, recipe.backend, recipe.mode, recipe.print_ir, embeddings=embeddings
+            )
         return self.ready[key]
 
     # -- a first prompt ----------------------------------------------------------------------------------------
@@ -78,19 +81,18 @@ class Execution:
         alone, and nothing is computed for padding.
         """
         plans = [self._plan(*group) for group in rows.groups()]
+        following = _moved_on(plans, rows)
         cache.allocate(len(rows.counts), [max(layer) for layer in zip(*(p.entries for p in plans), strict=True)])
         logits, left = [], []
         for plan in plans:
-            ids = rows.ids[plan.rows, : plan.prompts[0].tokens]
-            graph = self.phase(plan.phase, plan.press)
-            outputs = self._run(graph, cache, plan.rows, ids.contiguous(), self._numbers(graph, plan))
+            graph = self.phase(plan.phase, plan.press, embeddings=rows.embedded)
+            outputs = self._run(graph, cache, rows, plan.rows, plan.prompts[0].tokens, self._numbers(graph, plan))
             named = zip(graph.program.outputs, outputs, strict=True)
             left.append({(port.role, port.layer): value for port, value in named})
             logits.append(outputs[0][:, -1:])
         kept = [_joined_positions(plans, left, layer) for layer in range(len(self.layout.layers))]
         context = Context(
-            Extent(seen=(0,) * len(rows.counts)).grown(columns, rows.counts),
-            tuple(position for plan in plans for position in _next_positions(plan)),
+            Extent.empty(len(rows.counts)).grown(columns, rows.counts, following),
             tuple(
                 tuple(plan.entries[layer] for plan in plans for _ in range(plan.batch))
                 for layer in range(len(self.layout.layers))
@@ -147,10 +149,10 @@ class Execution:
 
     def append(self, cache: CompressedCache, rows: Rows, columns: int) -> Tensor:
         """Read tokens behind what the cache holds; their logits. [B, columns, V]"""
-        tokens = rows.ids.shape[1]
+        tokens = rows.tokens.shape[1]
         cache.reserve(tokens)
         parts = [self._append_rows(cache, rows, group) for group in self._neighbours(cache, rows)]
-        cache.advance(columns, None if rows.alike and tokens == columns else rows.counts)
+        cache.advance(columns, None if rows.alike and tokens == columns else rows.counts, rows.next_positions)
         return rows.as_given(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _neighbours(self, cache: CompressedCache, rows: Rows) -> list[slice]:
@@ -163,37 +165,66 @@ class Execution:
 
     def _append_rows(self, cache: CompressedCache, rows: Rows, chosen: slice) -> Tensor:
         """The logits [b, S, V] of some rows; behind a row's own tokens they are of no use."""
-        longest, counts = rows.ids.shape[1], rows.counts[chosen]
-        ids = rows.ids[chosen, : max(counts)].contiguous()
-        graph = self.phase(choose_phase(ids.shape[1], cache.seen_tokens or 1))
+        longest, counts = rows.tokens.shape[1], rows.counts[chosen]
+        most = max(counts)
+        graph = self.phase(choose_phase(most, cache.seen_tokens or 1), embeddings=rows.embedded)
         given = {}
         if any(port.role is Role.NEW_TOKENS for port in graph.program.inputs):
             given[Role.NEW_TOKENS.value] = torch.tensor(counts, device=self.device)
-        logits = self._run(graph, cache, chosen, ids, given)[0]
-        return torch.nn.functional.pad(logits, (0, 0, 0, longest - max(counts))) if max(counts) < longest else logits
+        logits = self._run(graph, cache, rows, chosen, most, given)[0]
+        return torch.nn.functional.pad(logits, (0, 0, 0, longest - most)) if most < longest else logits
 
     def _run(
-        self, graph: PhaseGraph, cache: CompressedCache, rows: slice, ids: Tensor, given: Mapping[str, Tensor]
+        self,
+        graph: PhaseGraph,
+        cache: CompressedCache,
+        rows: Rows,
+        chosen: slice,
+        count: int,
+        given: Mapping[str, Tensor],
     ) -> tuple[Tensor, ...]:
-        whole = (rows.start, rows.stop) == (0, cache.lengths.shape[1])
+        """Run a graph on the first `count` tokens of some rows."""
+        whole = (chosen.start, chosen.stop) == (0, cache.lengths.shape[1])
+        tokens = rows.tokens[chosen, :count].contiguous()
         inputs = []
         for port in graph.program.inputs:
             match port.role:
                 case Role.INPUT_IDS:
-                    inputs.append(ids)
-                case Role.POSITION_IDS:
-                    steps = torch.arange(ids.shape[1], device=self.device)
-                    inputs.append(cache.next_of_rows[rows, None] + steps)
+                    inputs.append(tokens)
+                case Role.EMBEDDINGS:
+                    width = int(graph.program.input_node(Role.EMBEDDINGS).meta["val"].shape[2])
+                    if tokens.shape[2] != width:
+                        raise InputError(f"inputs_embeds are {tokens.shape[2]} wide, the model's embeddings {width}")
+                    inputs.append(tokens)
+                case Role.POSITION_IDS | Role.POSITION_AXES:
+                    inputs.append(self._positions(graph, cache, rows, chosen, count)[port.role])
                 case Role.LENGTHS:
-                    inputs.append(cache.lengths if whole else cache.lengths[:, rows].contiguous())
+                    inputs.append(cache.lengths if whole else cache.lengths[:, chosen].contiguous())
                 case Role.KEYS | Role.VALUES | Role.POSITIONS:
                     buffer = _buffer(cache, port)
-                    inputs.append(buffer if whole else buffer[rows])
+                    inputs.append(buffer if whole else buffer[chosen])
                 case Role.NEW_TOKENS if port.name not in given:
-                    inputs.append(torch.full((ids.shape[0],), ids.shape[1], device=self.device))
+                    inputs.append(torch.full((tokens.shape[0],), count, device=self.device))
                 case _:
                     inputs.append(given[port.name])
         return graph.run(*inputs)
+
+    def _positions(
+        self, graph: PhaseGraph, cache: CompressedCache, rows: Rows, chosen: slice, count: int
+    ) -> dict[Role, Tensor]:
+        """The positions [b, S] of some rows, and those on each axis, [axes, b, S]."""
+        counted = cache.next_of_rows[chosen, None] + torch.arange(count, device=self.device)
+        axes = graph.program.axes
+        if rows.positions is None:
+            return {Role.POSITION_IDS: counted, Role.POSITION_AXES: counted.expand(axes, -1, -1).contiguous()}
+        own = rows.positions[:, chosen, :count]
+        if len(own) not in (1, axes) or self.graphs.located.rows_share_positions:
+            shared = self.graphs.located.rows_share_positions
+            takes = "none, it counts them itself" if shared else f"{axes} axes"
+            raise InputError(f"positions have {len(own)} axes, this model takes {takes}")
+        if axes == 1:
+            return {Role.POSITION_IDS: own[0].contiguous()}
+        return {Role.POSITION_IDS: counted, Role.POSITION_AXES: own.expand(axes, -1, -1).contiguous()}
 
 
 def _buffer(cache: CompressedCache, port: Port) -> Tensor:
@@ -201,9 +232,18 @@ def _buffer(cache: CompressedCache, port: Port) -> Tensor:
     return cache.buffers(port.layer)[(Role.KEYS, Role.VALUES, Role.POSITIONS).index(port.role)]
 
 
-def _next_positions(plan: _Plan) -> list[int]:
-    prompt = plan.prompts[0]
-    return [plan.press.next_position(prompt) if plan.press else prompt.tokens] * plan.batch
+def _moved_on(plans: Sequence[_Plan], rows: Rows) -> Sequence[int] | None:
+    """Where each row goes on, if that is not behind the tokens that it read."""
+    ends = [plan.press.next_position(plan.prompts[0]) if plan.press else plan.prompts[0].tokens for plan in plans]
+    moved = [plan for plan, end in zip(plans, ends, strict=True) if end != plan.prompts[0].tokens]
+    if rows.positions is None:
+        return [end for end, plan in zip(ends, plans, strict=True) for _ in range(plan.batch)] if moved else None
+    if moved and moved[0].press is not None:
+        raise PressError(
+            f"{moved[0].press.name} moves keys to stand side by side, which is not where positions= puts them; use the "
+            "press inside it"
+        )
+    return rows.next_positions
 
 
 def _joined_positions(

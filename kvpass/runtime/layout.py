@@ -64,21 +64,32 @@ class Extent:
     """How far each row of a cache reaches."""
 
     columns: int = 0  # of the caller's text, padding and delimiters included
-    whole: int = 0  # from this column on no row has any padding
+    whole: int = 0  # from this column on every row has a token in each, its positions counted one by one
     seen: tuple[int, ...] = ()  # [B], tokens that each row has read
+    next: tuple[int, ...] = ()  # [B], the position of the next token: `seen`, but where keys or positions were moved
 
     @property
     def longest(self) -> int:
         return max(self.seen, default=0)
 
-    def grown(self, columns: int, tokens: Sequence[int]) -> Self:
-        """Behind so many more columns and tokens."""
-        whole = self.whole if min(tokens) == columns else self.columns + columns
-        seen = tuple(a + b for a, b in zip(self.seen, tokens, strict=True))
-        return replace(self, columns=self.columns + columns, whole=whole, seen=seen)
+    def grown(self, columns: int, tokens: Sequence[int], next_positions: Sequence[int] | None = None) -> Self:
+        """Behind so many more columns and tokens, at positions that are counted unless the next ones are given."""
+        counted = min(tokens) == columns and next_positions is None
+        following = next_positions or [a + b for a, b in zip(self.next, tokens, strict=True)]
+        return replace(
+            self,
+            columns=self.columns + columns,
+            whole=self.whole if counted else self.columns + columns,
+            seen=tuple(a + b for a, b in zip(self.seen, tokens, strict=True)),
+            next=tuple(following),
+        )
 
     def selected(self, rows: Sequence[int]) -> Self:
-        return replace(self, seen=tuple(self.seen[row] for row in rows))
+        return replace(self, seen=tuple(self.seen[r] for r in rows), next=tuple(self.next[r] for r in rows))
+
+    @classmethod
+    def empty(cls, batch: int) -> Self:
+        return cls(seen=(0,) * batch, next=(0,) * batch)
 
 
 @dataclass(frozen=True)
@@ -86,17 +97,12 @@ class Context:
     """What the prefill left."""
 
     extent: Extent = Extent()
-    next_positions: tuple[int, ...] = ()  # [B], where each row goes on: behind what it read unless keys were moved
     entries: tuple[tuple[int, ...], ...] = ()  # [L][B], slots in use; of a ring, tokens seen
 
     def selected(self, rows: Sequence[int]) -> "Context":
-        return Context(
-            self.extent.selected(rows),
-            tuple(self.next_positions[row] for row in rows),
-            tuple(tuple(layer[row] for row in rows) for layer in self.entries),
-        )
+        return Context(self.extent.selected(rows), tuple(tuple(layer[row] for row in rows) for layer in self.entries))
 
     @classmethod
     def of_plain_text(cls, extent: Extent, layers: int) -> "Context":
         """Where every layer holds all that was seen."""
-        return cls(extent, extent.seen, (extent.seen,) * layers)
+        return cls(extent, (extent.seen,) * layers)

@@ -19,7 +19,7 @@ from kvpass.pipeline import phase_passes
 from kvpass.press import Press
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.execution import Execution, Recipe
-from kvpass.runtime.inputs import HARMLESS, checked_ids, checked_mask, prompt_rows
+from kvpass.runtime.inputs import HARMLESS, checked_mask, checked_positions, checked_tokens, prompt_rows
 from kvpass.runtime.layout import CacheLayout
 from kvpass.runtime.phases import PhaseGraphs
 from kvpass.runtime.report import Report
@@ -61,22 +61,34 @@ class CompiledModel(nn.Module, GenerationMixin):
         logits_to_keep: int = 0,
         use_cache: bool | None = None,
         question_tokens: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
-        """Read `input_ids` i64[B, S] behind what the cache has seen.
+        """Read `input_ids` i64[B, S], or `inputs_embeds` [B, S, D_model], behind what the cache has seen.
 
         Logits are [B, 1, V] after the first prompt (its last token), [B, S, V] for tokens appended to a cache.
         `logits_to_keep=n` gives the last n; with a first prompt its last n - 1 tokens count as appended to it.
         `question_tokens`: how many tokens at the end of the prompt ask about the rest, for a press like finch.
+        `inputs_embeds`: what the model's `get_input_embeddings()` returns for ids, with anything else (images, soft
+        prompts) in the places that stand for it. `positions`: theirs, i64[B, S], or i64[axes, B, S] where the model has
+        one for time, height and width each; counted if not given. What follows goes on behind the greatest.
         Raises `InputError` for what cannot be served, `CacheError` for a cache of another model or size.
         """
-        ids = checked_ids(input_ids, self._device, unused)
-        cache = self._checked_cache(past_key_values, ids)
-        mask = None if attention_mask is None else checked_mask(attention_mask, ids, cache.get_seq_length())
-        first, columns = cache.seen_tokens == 0, ids.shape[1]
+        tokens = checked_tokens(input_ids, inputs_embeds, self._device, self._dtype, unused)
+        places = checked_positions(positions, tokens)
+        cache = self._checked_cache(past_key_values, tokens)
+        mask = None if attention_mask is None else checked_mask(attention_mask, tokens, cache.get_seq_length())
+        first, columns = cache.seen_tokens == 0, tokens.shape[1]
         if first and min(logits_to_keep, columns) > 1:
-            return self._prompt_with_candidates(ids, mask, min(logits_to_keep, columns) - 1, cache, use_cache)
-        rows = prompt_rows(ids, mask, self._recipe.press, question_tokens) if first else without_padding(ids, mask)
+            return self._prompt_with_candidates(
+                tokens, mask, places, min(logits_to_keep, columns) - 1, cache, use_cache
+            )
+        press = self._recipe.press
+        if first:
+            rows = prompt_rows(tokens, mask, places, press, question_tokens)
+        else:
+            rows = without_padding(tokens, mask, places)
         self._check_length(cache, rows)
         with torch.no_grad():
             logits = (self._execution.prefill if first else self._execution.append)(cache, rows, columns)
@@ -91,12 +103,13 @@ class CompiledModel(nn.Module, GenerationMixin):
         )
 
     def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, question_tokens: int | None = None
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> CausalLMOutputWithPast:
-        """Read a prompt i64[B, S] into a new cache: `logits` [B, 1, V] of its last token, `past_key_values`."""
-        result: CausalLMOutputWithPast = self(
-            input_ids=input_ids, attention_mask=attention_mask, question_tokens=question_tokens
-        )
+        """Read a prompt i64[B, S] into a new cache: `logits` [B, 1, V] of its last token, `past_key_values`.
+
+        options: `inputs_embeds` instead of ids, `positions`, `question_tokens`, as for a call.
+        """
+        result: CausalLMOutputWithPast = self(input_ids=input_ids, attention_mask=attention_mask, **options)
         return result
 
     def set_budget(self, *, ratio: float | None = None, target_size: int | None = None) -> None:
@@ -129,7 +142,8 @@ class CompiledModel(nn.Module, GenerationMixin):
         """`transformers.GenerationMixin.generate`; without `past_key_values` it begins with an empty cache.
 
         To go on with a returned cache give it as `past_key_values` with all tokens so far and the new ones.
-        New tokens alone will do with the attention mask of the whole text.
+        New tokens alone will do with the attention mask of the whole text. A prompt of `inputs_embeds` may bring its
+        `positions`; what is returned are the new tokens then, as transformers has it.
         """
         ids, mask = options.get("input_ids", inputs), options.get("attention_mask")
         longer = ids is not None and mask is not None and mask.dim() == 2 and mask.shape[1] > ids.shape[1]
@@ -137,17 +151,32 @@ class CompiledModel(nn.Module, GenerationMixin):
             options["only_new_tokens"] = True
         if options.get("past_key_values") is None and options.get("use_cache", True):
             options["past_key_values"] = self.new_cache()
+        if options.get("positions") is not None and options["positions"].dim() == 3:
+            options["positions"] = options["positions"].transpose(0, 1)  # rows first, as transformers repeats them
         base: Any = super()  # typed for transformers' own models only
         return base.generate(inputs, *args, **options)
 
     def _prompt_with_candidates(
-        self, ids: Tensor, mask: Tensor | None, candidates: int, cache: CompressedCache, use_cache: bool | None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        places: Tensor | None,
+        candidates: int,
+        cache: CompressedCache,
+        use_cache: bool | None,
     ) -> CausalLMOutputWithPast:
         """More logits than the prompt's last: what they belong to follows the prompt (assisted decoding)."""
-        parts = [None, None] if mask is None else [mask[:, :-candidates], mask[:, -candidates:]]
-        before = self(input_ids=ids[:, :-candidates], attention_mask=parts[0], past_key_values=cache)
+
+        def part(where: slice) -> dict[str, Any]:
+            return {
+                "input_ids" if tokens.dim() == 2 else "inputs_embeds": tokens[:, where],
+                "attention_mask": None if mask is None else mask[:, where],
+                "positions": None if places is None else places[:, :, where],
+            }
+
+        before = self(**part(slice(None, -candidates)), past_key_values=cache)
         after: CausalLMOutputWithPast = self(
-            input_ids=ids[:, -candidates:], attention_mask=parts[1], past_key_values=cache, use_cache=use_cache
+            **part(slice(-candidates, None)), past_key_values=cache, use_cache=use_cache
         )
         assert before.logits is not None and after.logits is not None
         after["logits"] = torch.cat([before.logits, after.logits], dim=1)
@@ -155,7 +184,7 @@ class CompiledModel(nn.Module, GenerationMixin):
 
     # -- checking ----------------------------------------------------------------------------------------------
 
-    def _checked_cache(self, cache: CompressedCache | None, ids: Tensor) -> CompressedCache:
+    def _checked_cache(self, cache: CompressedCache | None, tokens: Tensor) -> CompressedCache:
         if cache is None:
             cache = self.new_cache()
         if not isinstance(cache, CompressedCache):
@@ -169,16 +198,17 @@ class CompiledModel(nn.Module, GenerationMixin):
                 f"the cache belongs to another model (cache {cache.layout.model_id} on {cache.device}, "
                 f"this model {model_id} on {self._device}); prefill the text with this one"
             )
-        if cache.seen_tokens and cache.batch_size != ids.shape[0]:
+        if cache.seen_tokens and cache.batch_size != tokens.shape[0]:
             raise CacheError(
-                f"the cache holds {cache.batch_size} rows, input_ids {ids.shape[0]}; "
+                f"the cache holds {cache.batch_size} rows, the new tokens {tokens.shape[0]}; "
                 "cache.batch_repeat_interleave(n) repeats rows"
             )
         return cache
 
     def _check_length(self, cache: CompressedCache, rows: Rows) -> None:
         before = cache.seen_by_row or (0,) * len(rows.counts)
-        total = max(seen + new for seen, new in zip(before, rows.counts, strict=True))
+        counted = [seen + new for seen, new in zip(before, rows.counts, strict=True)]
+        total = max(*counted, *(rows.next_positions or [0]))
         if total > self._recipe.max_tokens:
             raise InputError(
                 f"the text is {total} tokens long, the model's positions end at {self._recipe.max_tokens}; "
@@ -223,7 +253,7 @@ class CompiledModel(nn.Module, GenerationMixin):
     def report(self) -> Report:
         """The passes with matches, nodes and time, and what is kept per layer of the last prompt."""
         passes = {"capture": self._capture_records}
-        passes |= {phase.value: list(graph.records) for (phase, _), graph in self._execution.ready.items()}
+        passes |= {phase.value: list(graph.records) for (phase, *_), graph in self._execution.ready.items()}
         seen, kept, size = self._last_prompt
         press = repr(self._recipe.press) if self._recipe.press else "none"
         notes = self._located.notes
@@ -257,11 +287,16 @@ class CompiledModel(nn.Module, GenerationMixin):
         only_new_tokens: bool = False,
         use_cache: bool | None = None,
         question_tokens: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Cut off what the cache has seen. A padding mask is looked at where tokens enter, not at every step."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        given = input_ids.shape[1]
+        embedded = inputs_embeds is not None and seen < inputs_embeds.shape[1]
+        tokens = inputs_embeds if inputs_embeds is not None and embedded else input_ids
+        given = tokens.shape[1]
         if next_sequence_length is not None:
             new = next_sequence_length
         elif attention_mask is not None:
@@ -274,10 +309,13 @@ class CompiledModel(nn.Module, GenerationMixin):
             )
         kept = {name: value for name, value in options.items() if name not in ("labels", *HARMLESS)}
         if seen == 0:
-            kept["question_tokens"] = question_tokens
+            kept |= {"question_tokens": question_tokens, "token_type_ids": token_type_ids}
+        if embedded and positions is not None:
+            kept["positions"] = positions.transpose(0, 1) if positions.dim() == 3 else positions
         if attention_mask is not None and new > 1:
             kept["attention_mask"] = attention_mask[:, -new:]
-        return {"input_ids": input_ids[:, -new:], "past_key_values": past_key_values, "use_cache": use_cache, **kept}
+        name = "inputs_embeds" if embedded else "input_ids"
+        return {name: tokens[:, -new:], "past_key_values": past_key_values, "use_cache": use_cache, **kept}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompiledModel":
         probe = fn(torch.empty(0, dtype=self._dtype, device=self._device))

@@ -38,11 +38,14 @@ class PhaseGraphs:
         backend: str | Callable[..., Any],
         mode: str | None,
         print_ir: PrintIR = None,
+        *,
+        embeddings: bool = False,
     ) -> PhaseGraph:
         """The graph of a phase, run through the passes and handed to the backend at its first mention."""
-        key = (phase, press, layers, backend, mode) if phase is Phase.PREFILL else (phase, backend, mode)
+        shared = (phase, backend, mode, embeddings)
+        key = (*shared, press, layers) if phase is Phase.PREFILL else shared
         if key not in self._built:
-            manager = PassManager(phase_passes(phase, press, layers), print_ir=print_ir)
+            manager = PassManager(phase_passes(phase, press, layers, embeddings=embeddings), print_ir=print_ir)
             program = manager.run(self.located)
             self._built[key] = PhaseGraph(program, manager.records, make_runner(program, backend, mode))
         return self._built[key]
