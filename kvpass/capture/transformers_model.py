@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -122,10 +123,29 @@ def export_transformers(model: PreTrainedModel, max_tokens: int) -> ExportedProg
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
     with attending_with(model, NAME) as name:
-        exported = export_model(model, {"use_cache": False}, max_tokens) if name == NAME else None
+        exported = _export_with_experts(model, max_tokens) if name == NAME else None
     if exported is None or not calls:
         raise OwnAttentionError(f"{type(model).__name__} has attention code of its own and ignores the registry")
     return exported
+
+
+def _export_with_experts(model: PreTrainedModel, max_tokens: int) -> ExportedProgram:
+    """Export; where grouped products cannot be (torch traces them in bfloat16 alone), with gathered weights.
+
+    Newer releases of transformers see to that themselves. The model's own choice comes back.
+    """
+    fixed = {"use_cache": False}
+    try:
+        return export_model(model, fixed, max_tokens)
+    except RuntimeError:
+        own = getattr(model.config, "_experts_implementation", None)
+        if own != "grouped_mm" or model.dtype is torch.bfloat16:
+            raise
+    try:
+        model.set_experts_implementation("batched_mm")
+        return export_model(model, fixed, max_tokens)
+    finally:
+        model.set_experts_implementation(own)
 
 
 def max_tokens_of(model: nn.Module) -> int:
