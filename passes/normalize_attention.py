@@ -1,6 +1,5 @@
 """Bring every attention into one form, whichever road it was captured on."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,14 +11,12 @@ from kvpass.errors import UnsupportedModelError
 from kvpass.ir.attention_site import is_attention, is_over_tokens
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
+from kvpass.ir.mask_evaluation import evaluations
 from kvpass.ir.masks import Causal, Sliding, classify, prompt_mask
 from kvpass.ir.program import KVProgram, Role, layer_of
 from kvpass.ir.rename import renumber
 from kvpass.ir.subgraph import Subgraph, argument
 from kvpass.pass_manager import Pass
-
-LENGTHS = (48, 61)  # at which a mask is evaluated; longer ones are added for windows that would not bite
-LONGEST = 2**15
 
 
 @dataclass(frozen=True)
@@ -75,42 +72,13 @@ class NormalizeAttention(Pass):
                 )
             return Causal()
         assert isinstance(mask, Node)
-        kinds = [classify(allowed) for allowed in _evaluations(program, mask, where)]
+        kinds = [classify(allowed) for allowed in evaluations(program, mask, where)]
         bounded = {kind for kind in kinds if kind is not None and kind.reach is not None}
         if None in kinds or len(bounded) > 1:
             raise UnsupportedModelError(
                 f"{where}: its mask {mask.name} is neither causal nor a sliding window nor chunks"
             )
         return bounded.pop() if bounded else Causal()
-
-
-def _evaluations(program: KVProgram, mask: Node, where: str) -> Iterator[Tensor]:
-    """The mask as bool[S, S] at several lengths, one of them beyond every number that occurs in its computation."""
-    compute = Subgraph((), (mask,))
-    ids, positions = program.input_node(Role.INPUT_IDS), program.input_node(Role.POSITION_IDS)
-    if ids in compute.leaves():
-        raise UnsupportedModelError(f"{where}: its mask {mask.name} depends on the tokens")
-    numbers = {a for n in compute.body for a in n.args if isinstance(a, int) and a >= LENGTHS[0]}
-    constants = {number for number in numbers if number < program.max_tokens}  # others never matter
-    if too_long := {number for number in constants if number > LONGEST}:
-        raise UnsupportedModelError(
-            f"{where}: its mask {mask.name} holds {sorted(too_long)}, perhaps a window; masks are evaluated up to "
-            f"{LONGEST} tokens. If your texts are shorter, say so with max_tokens={min(too_long)}"
-        )
-    rows = [_rows(n) for n in compute.body if n.target is torch.ops.aten.index_select.default]
-    longest = min([*rows, program.max_tokens])  # of the tables that the mask is looked up in
-    for length in {min(n, longest) for n in (*LENGTHS, *(constant + 13 for constant in constants))}:
-        given = {n: program.attribute(n) for n in compute.leaves() if n.op == "get_attr"}
-        given[positions] = torch.arange(length, device=positions.meta["val"].device)[None]
-        (value,) = compute.run(given, program.shapes.bind(B=1, S=length))
-        allowed = value if value.dtype == torch.bool else value > -1.0
-        yield allowed.expand(1, allowed.shape[1] if allowed.dim() == 4 else 1, length, length)[0]
-
-
-def _rows(lookup: Node) -> int:
-    table, axis = lookup.args[:2]
-    assert isinstance(table, Node) and isinstance(axis, int)
-    return int(table.meta["val"].shape[axis])
 
 
 def _shared_mask(program: KVProgram, builder: GraphBuilder, kind: Causal) -> Node:

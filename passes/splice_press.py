@@ -86,7 +86,7 @@ class SplicePress(Pass):
             lengths, fractions, taps, constants = ({name: next(rest) for name in group} for group in groups)
             ropes = found.ropes(program, constants)
             x = PressInputs(
-                {**taps, **found.missing},
+                found.values(taps),
                 rope=ropes["rope"],
                 key_rope=ropes["key_rope"],
                 sizes={name: tensor.shape[0] for name, tensor in lengths.items()},
@@ -98,13 +98,8 @@ class SplicePress(Pass):
             left = self.press.compress(x) if self._pressed(site) else self.press.accompany(x)
             assert left is not None
             reads = x.reads
-            named = {
-                "scores": left.scores,
-                "kept": left.kept,
-                "count": left.count,
-                "keys_kept": left.keys,
-                "values_kept": left.values,
-            }
+            named = {"scores": left.scores, "kept": left.kept, "count": left.count}
+            named |= {"keys_kept": left.keys, "values_kept": left.values}
             return {name: tensor for name, tensor in named.items() if tensor is not None}
 
         results = builder.inline_named(
@@ -120,25 +115,25 @@ class SplicePress(Pass):
 
     def _check(self, program: KVProgram, site: AttentionSite, results: Mapping[str, Node]) -> None:
         """A press must return what the cache can hold."""
-        batch, heads, tokens, _ = (program.shapes.text(n) for n in site.shape(site.keys))
-        if "scores" in results:
-            self._expect(program, site, "score()", results["scores"], [batch, heads, tokens], "[B, Hkv, S]")
-        slots = tokens
-        if "kept" in results:
-            slots = program.shapes.text(results["kept"].meta["val"].shape[2])
-            self._expect(program, site, "kept", results["kept"], [batch, heads, slots], "[B, Hkv, N]")
-        for role, tap in (("keys_kept", site.keys), ("values_kept", site.values)):
-            width = program.shapes.text(site.shape(tap)[3])
-            self._expect(program, site, role, results[role], [batch, heads, slots, width], "[B, Hkv, N, D]")
 
-    def _expect(
-        self, program: KVProgram, site: AttentionSite, what: str, node: Node, wanted: list[str], legend: str
-    ) -> None:
-        found = [program.shapes.text(n) for n in node.meta["val"].shape]
-        if found != wanted:
-            raise PressError(
-                f"{self.press.name}: layer {site.layer}: {what} returned {found}, expected {legend} = {wanted}"
-            )
+        def shape(node: Node) -> list[str]:
+            return [program.shapes.text(size) for size in node.meta["val"].shape]
+
+        batch, heads, tokens, width = shape(site.keys)
+        slots = shape(results["kept"])[2] if "kept" in results else tokens
+        expected = {
+            "scores": ("[B, Hkv, S]", [batch, heads, tokens]),
+            "kept": ("[B, Hkv, N]", [batch, heads, slots]),
+            "keys_kept": ("[B, Hkv, N, D]", [batch, heads, slots, width]),
+            "values_kept": ("[B, Hkv, N, D]", [batch, heads, slots, shape(site.values)[3]]),
+        }
+        for role, (legend, wanted) in expected.items():
+            if role in results and shape(results[role]) != wanted:
+                what = "score()" if role == "scores" else role
+                raise PressError(
+                    f"{self.press.name}: layer {site.layer}: {what} returned {shape(results[role])}, expected "
+                    f"{legend} = {wanted}"
+                )
 
 
 def _facts(program: KVProgram, site: AttentionSite, taps: Taps) -> ModelFacts:

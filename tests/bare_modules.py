@@ -19,8 +19,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor | None) -> Tensor:
         batch, tokens, _ = x.shape
-        q, k, v = (t.view(batch, tokens, HEADS, -1).transpose(1, 2) for t in self.qkv(x).split(WIDTH, dim=2))
-        if table is not None:
+        q, k, v = (t.view(batch, tokens, HEADS, -1) for t in self.qkv(x).split(WIDTH, dim=2))
+        if table is not None and table.dim() == 4:
+            q, k = _rotated(q, table), _rotated(k, table)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if table is not None and table.dim() == 3:
             q, k = _rotated(q, table), _rotated(k, table)
         if self.mask == "buffer":
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed[:, :, :tokens, :tokens])
@@ -30,14 +33,15 @@ class Attention(nn.Module):
 
 
 def _rotated(states: Tensor, table: Tensor) -> Tensor:
-    """Interleaved pairs as complex numbers, table [S, D / 2, 2]."""
+    """Interleaved pairs as complex numbers: [B, H, S, D] by a table [S, D / 2, 2], [B, S, H, D] by [S, 1, D / 2, 2]."""
     even, odd = states[..., 0::2], states[..., 1::2]
     cos, sin = table[..., 0], table[..., 1]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
 class BareLM(nn.Module):
-    """`positions`: learned (an embedding of arange), table (a RoPE table cut to the length), none.
+    """`positions`: learned (an embedding of arange), table (a RoPE table cut to the length), early (the same, in front
+    of the transposition of heads and tokens), none.
 
     `mixing`: what else it does over tokens: nothing, or something that a KV cache does not hold.
     """
@@ -63,7 +67,8 @@ class BareLM(nn.Module):
             x = x + self.places(torch.arange(tokens, device=idx.device))
         elif self.positions == "counted":  # in a way that nobody looks for
             x = x + self.places(torch.ones_like(idx).cumsum(1) - 1)
-        return self.body(x, self.table[:tokens] if self.positions == "table" else None)
+        table = self.table[:tokens] if self.positions in ("table", "early") else None
+        return self.body(x, table[:, None] if table is not None and self.positions == "early" else table)
 
     def body(self, x: Tensor, table: Tensor | None) -> Tensor:
         for i, (norm, layer, mlp) in enumerate(zip(self.norms, self.layers, self.mlps, strict=True)):

@@ -42,6 +42,19 @@ def test_compressed_and_generated(positions: str) -> None:
     assert cache.kept(0) == 20 + 5 and cache.positions(0)[0, 0, -5:].tolist() == [40, 41, 42, 43, 44]
 
 
+def test_rotating_before_heads_and_tokens_change_places_is_the_same() -> None:
+    """The scores read states in front of RoPE, the rotation, and both again for keys that are moved."""
+    text = ids(2, 57)
+    for press in ("expected_attention(n_future_positions=16)", "key_rerotation(knorm)"):
+        caches = []
+        for positions in ("table", "early"):
+            model = kvpass.compile(BareLM(positions), press, 0.5, backend="eager", max_tokens=CONTEXT)
+            caches.append(model.prefill(text).past_key_values)
+        for layer in range(2):
+            assert torch.equal(caches[0].positions(layer), caches[1].positions(layer))
+            torch.testing.assert_close(caches[0].keys(layer), caches[1].keys(layer), atol=1e-5, rtol=1e-5)
+
+
 def test_the_first_generated_token_is_the_modules() -> None:
     module = BareLM("table")
     model = kvpass.compile(module, press="knorm", ratio=0.5, backend="eager", max_tokens=CONTEXT)

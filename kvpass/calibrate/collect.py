@@ -25,12 +25,15 @@ def collect(
     taps = Taps(program)
     sites = attention_sites(program)
     found = [Moments() for _ in sites]
-    nodes = {taps.node(site, tap): moments for site, moments in zip(sites, found, strict=True)}
+    layers = {taps.node(site, tap): taps.of_layer(site) for site in sites}
+    nodes = dict(zip(layers, found, strict=True))
     done = 0
 
     def take(node: Node, states: Tensor) -> None:
         nonlocal done
-        nodes[node].add(states[:, :, skip:])
+        given = layers[node].values({tap: states})[tap]
+        assert isinstance(given, Tensor)
+        nodes[node].add(given[:, :, skip:])
         done += 1
         if progress is not None:
             progress(done, len(samples) * len(sites))

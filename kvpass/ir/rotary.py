@@ -14,9 +14,18 @@ from kvpass.ir.subgraph import Subgraph
 class Rotation:
     """RoPE as it stands in the graph: from positions to frequencies, from states and frequencies to rotated states."""
 
-    pre: Node  # [B, heads, S, D]
+    pre: Node  # [B, heads, S, D], or [B, S, heads, D]
     table: Subgraph  # position_ids -> frequencies
-    apply: Subgraph  # pre, *frequencies -> post
+    apply: Subgraph  # pre, *frequencies -> post, which is [B, heads, S, D]
+    token_major: bool = False  # whether `pre` is [B, S, heads, D]
+
+    def turned(self, states: Tensor) -> Tensor:
+        """States as `pre` has them from [B, heads, S, D], or back."""
+        return states.transpose(1, 2) if self.token_major else states
+
+    @property
+    def heads(self) -> int:
+        return int(self.pre.meta["val"].shape[2 if self.token_major else 1])
 
     def fingerprint(self) -> str:
         return f"{self.table.fingerprint()} | {self.apply.fingerprint()}"
@@ -52,11 +61,11 @@ class GraphRope:
 
     def rotate(self, states: Tensor, frequencies: tuple[Tensor, ...]) -> Tensor:
         """states [B, heads, P, D]; one head stands for all where the graph reshapes for its number of heads."""
-        heads = int(self.rotation.pre.meta["val"].shape[1])
+        heads = self.rotation.heads
         if states.shape[1] == 1 != heads and any(self._names(node, heads) for node in self.rotation.apply.body):
             return self.rotate(states.expand(-1, heads, -1, -1), frequencies)[:, :1]
         sizes = self.program.shapes.bind(B=states.shape[0], S=states.shape[2])
-        given = dict(zip(self.rotation.apply.inputs, (states, *frequencies), strict=True))
+        given = dict(zip(self.rotation.apply.inputs, (self.rotation.turned(states), *frequencies), strict=True))
         (rotated,) = self.rotation.apply.run({**given, **self.constants}, sizes)
         return rotated
 

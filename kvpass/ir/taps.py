@@ -37,6 +37,16 @@ class LayerTaps:
     missing: dict[str, MissingTapError]
     rotations: dict[str, Rotation | MissingTapError]
 
+    def values(self, computed: Mapping[str, Tensor]) -> dict[str, Tensor | MissingTapError]:
+        """What presses get of what the nodes have computed: states as [B, heads, S, D]."""
+        before = {"queries_pre_rope": self.rotations["rope"], "keys_pre_rope": self.rotations["key_rope"]}
+        turned = {
+            name: rotation.turned(computed[name])
+            for name, rotation in before.items()
+            if name in computed and isinstance(rotation, Rotation)
+        }
+        return {**computed, **turned, **self.missing}
+
     @property
     def constants(self) -> dict[str, Node]:
         """The attributes that the rotations read."""
@@ -111,12 +121,14 @@ class Taps:
         frequencies = tuple(dict.fromkeys(s for n in mixing for s in n.all_input_nodes if s in self._positional))
         before = [n for n in [*stops, *body] if n < min(mixing) and n in self._from_tokens]
         for candidate in sorted(before, reverse=True):
-            if self._shape(candidate) != self._shape(post):
+            batch, heads, tokens, width = self._shape(post)
+            token_major = self._shape(candidate) == [batch, tokens, heads, width]
+            if not token_major and self._shape(candidate) != [batch, heads, tokens, width]:
                 continue
             apply = Subgraph((candidate, *frequencies), (post,))
             if not all(n in reached_from([candidate], body) for n in apply.body if n in self._from_tokens):
                 continue
-            rotation = Rotation(candidate, Subgraph((positions,), frequencies), apply)
+            rotation = Rotation(candidate, Subgraph((positions,), frequencies), apply, token_major)
             if self._is_linear(rotation):
                 return rotation
         raise MissingTapError(
@@ -134,11 +146,11 @@ class Taps:
             positions = torch.arange(3, device=value.device)[None] + 5
             given = rotation.table.run({rotation.table.inputs[0]: positions, **constants}, sizes)
             generator = torch.Generator().manual_seed(0)
-            shape = (1, int(value.shape[1]), 3, int(value.shape[3]))
+            shape = (1, rotation.heads, 3, int(value.shape[3]))
             one, two = (torch.randn(shape, generator=generator).to(value.device, value.dtype) for _ in range(2))
             results: list[Tensor] = []
             for states in (one, two, one + two):
-                tensors = dict(zip(rotation.apply.inputs, (states, *given), strict=True))
+                tensors = dict(zip(rotation.apply.inputs, (rotation.turned(states), *given), strict=True))
                 results += rotation.apply.run({**tensors, **constants}, sizes)
             error = (results[0] + results[1] - results[2]).abs().max()
             self._linear[form] = bool(error <= 16 * torch.finfo(value.dtype).eps * results[2].abs().max())

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from kvpass.api import CapturedModel
 from kvpass.budget import Budget, Prompt
-from kvpass.errors import MissingTapError
 from kvpass.ir.attention_site import AttentionSite, attention_sites
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram, Role
@@ -125,7 +124,7 @@ def _inputs(
     program: KVProgram, press: Press, prompt: Prompt, taps: Taps, site: AttentionSite, values: dict[str, Tensor]
 ) -> PressInputs:
     layer = taps.of_layer(site)
-    given: dict[str, Tensor | MissingTapError] = {name: values[node.name] for name, node in layer.nodes.items()}
+    given = layer.values({name: values[node.name] for name, node in layer.nodes.items()})
     for node in program.graph.nodes:
         if (
             node.op == "get_attr"
@@ -136,7 +135,7 @@ def _inputs(
             given[f"asset.{name}"] = program.attribute(node)
     ropes = layer.ropes(program, {name: program.attribute(node) for name, node in layer.constants.items()})
     return PressInputs(
-        {**given, **layer.missing},
+        given,
         rope=ropes["rope"],
         key_rope=ropes["key_rope"],
         sizes=press.sizes(prompt),

@@ -14,7 +14,7 @@ FORMS = {
     "qwen3_moe": "knorm",  # norm per head, experts
     "mixtral": "snapkv",  # experts
     "deepseek_v3": "knorm",  # MLA
-    "gemma4_text": "knorm",  # head sizes differ between layers
+    "gemma4_text": "expected_attention",  # head sizes differ between layers, RoPE before heads and tokens change places
 }
 
 
