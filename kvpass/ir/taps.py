@@ -26,6 +26,7 @@ TAP_NAMES = (
     "hidden_states",
     "output_weight",
 )
+TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
 MOVES = ("transpose", "permute", "reshape", "view", "clone", "contiguous", "flatten", "_unsafe_view", "to", "_to_copy")
 
 
@@ -189,4 +190,4 @@ class Taps:
 
 
 def _is_weight(node: Node) -> bool:
-    return node.op == "get_attr" or (node.target in (aten.t.default, aten.transpose.int) and _is_weight(node.args[0]))  # type: ignore[arg-type]
+    return node.op == "get_attr" or (node.target in TURNS and _is_weight(node.args[0]))  # type: ignore[arg-type]

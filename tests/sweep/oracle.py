@@ -28,19 +28,27 @@ def logits_without(model: PreTrainedModel, ids: Tensor, hidden: Sequence[Tensor 
     hidden: for the n-th attention bool[B, Hkv, P], which of the first P tokens the tokens behind them do not see; None
     hides nothing there, or nowhere. Attention runs as the class itself writes it ("eager").
     """
+    if hidden is None:
+        return _logits(model, ids, _Hiding(None, ids.shape[1]))
+    counting = _Hiding(None, ids.shape[1])
+    _logits(model, ids, counting)
+    times, rest = divmod(counting.seen, len(hidden))
+    if rest or not times:
+        raise OracleError(f"the eager model has {counting.seen} attentions, the compiled one {len(hidden)}")
+    # One that is computed in parts (differential attention) hides the same tokens in each of them.
+    return _logits(model, ids, _Hiding([layer for layer in hidden for _ in range(times)], ids.shape[1]))
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, hiding: "_Hiding") -> Tensor:
     previous = model.config._attn_implementation
-    hiding = _Hiding(hidden, ids.shape[1])
     try:
         model.set_attn_implementation("eager")
         positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
         # SDPA that a class calls by itself must go through a softmax that can be seen.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), hiding:
-            logits: Tensor = eager_logits(model, ids, positions)
+            return eager_logits(model, ids, positions)
     finally:
         model.set_attn_implementation(previous)
-    if hidden is not None and hiding.seen != len(hidden):
-        raise OracleError(f"the eager model has {hiding.seen} attentions, the compiled one {len(hidden)}")
-    return logits
 
 
 def eager_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None) -> Tensor:
