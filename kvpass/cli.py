@@ -1,4 +1,4 @@
-"""The command line: `kvpass demo`, `kvpass inspect`, `kvpass presses`, `kvpass calibrate`, `kvpass quality`."""
+"""The command line: `kvpass demo`, `bench`, `inspect`, `presses`, `calibrate`, `quality`."""
 
 import importlib.metadata
 import textwrap
@@ -12,9 +12,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from kvpass.bench.run import Settings, run_bench
+from kvpass.bench.shapes import shape_names
 from kvpass.calibrate.run import run_calibrate
 from kvpass.demo.run import run_demo
-from kvpass.errors import KVPassError
+from kvpass.errors import InputError, KVPassError
 from kvpass.inspection.run import run_inspect
 from kvpass.press import Press
 from kvpass.press_facts import PressFacts, docstring, facts_of, fields_of
@@ -35,6 +37,14 @@ class Backend(StrEnum):
 
     INDUCTOR = "inductor"
     EAGER = "eager"
+
+
+class DType(StrEnum):
+    """What `kvpass bench` computes in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 @contextmanager
@@ -81,6 +91,43 @@ def demo(
     """
     with _errors_in_one_line():
         run_demo(Console(), tokens, press, ratio, backend.value, max_new_tokens)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="A folder of transformers, a hub id, or smollm2.")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"Random weights instead: {', '.join(shape_names())}.")] = None,
+    press: Annotated[str, typer.Option(help="See `kvpass presses`.")] = "expected_attention",
+    ratio: Annotated[float, typer.Option(help="Fraction of key/value pairs to remove.")] = 0.5,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of the prompt.")] = 2048,
+    new_tokens: Annotated[int, typer.Option(min=4, help="Tokens to generate in each run.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each subject.")] = 3,
+    dtype: Annotated[DType, typer.Option(help="Of weights and cache.")] = DType.FLOAT32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    mode: Annotated[str | None, typer.Option(help="Of torch.compile, e.g. reduce-overhead.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Subjects whose name begins so.")] = None,
+    warm: Annotated[bool, typer.Option(help="Compile once more in a second process.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a PNG; needs kvpass[plot].")] = None,
+) -> None:
+    """Measure transformers, kvpress (where it is installed) and kvpass side by side, in turns, with medians."""
+    with _errors_in_one_line():
+        if (model is None) == (shape is None):
+            raise InputError("give either --model or --shape")
+        settings = Settings(
+            model,
+            shape,
+            press,
+            ratio,
+            context,
+            new_tokens,
+            repeats,
+            dtype.value,
+            device,
+            mode,
+            tuple(only or ()),
+        )
+        run_bench(Console(), settings, warm=warm, json_to=json, plot_to=plot)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
 from kvpass.passes.splice_evict import SpliceEvict
 from kvpass.passes.splice_press import SplicePress
+from kvpass.passes.stream_weights import StreamWeights
 from kvpass.passes.write_cache_in_place import WriteCacheInPlace
 from kvpass.press import Press
 
@@ -34,17 +35,25 @@ def capture_passes() -> tuple[Pass, ...]:
 
 
 def phase_passes(
-    phase: Phase, press: Press | None, layers: frozenset[int] | None = None, *, embeddings: bool = False
+    phase: Phase,
+    press: Press | None,
+    layers: frozenset[int] | None = None,
+    *,
+    embeddings: bool = False,
+    one_row: bool = False,
 ) -> tuple[Pass, ...]:
     """Once for each phase of a compiled model; `layers` are those to press, None: all that can be.
 
-    `embeddings`: the graph reads those instead of token ids.
+    `embeddings`: the graph reads those instead of token ids. `one_row`: the batch is one row, whose single tokens read
+    all weights for themselves.
     """
     if phase is not Phase.PREFILL:
         press = None
     return (
         # one graph per phase
-        SpecializePhase(phase, press.min_tokens, press.example_tokens) if press else SpecializePhase(phase),
+        SpecializePhase(phase, press.min_tokens, press.example_tokens)
+        if press
+        else SpecializePhase(phase, one_row=one_row),
         *((KeepLastLogits(),) if phase is Phase.PREFILL else ()),
         # the cache
         InsertKVCache(),
@@ -54,4 +63,5 @@ def phase_passes(
         WriteCacheInPlace(),
         *((LowerAttention(),) if phase is Phase.PREFILL else ()),
         *((AcceptEmbeddings(),) if embeddings else ()),
+        *((StreamWeights(),) if one_row else ()),
     )

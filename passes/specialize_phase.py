@@ -20,7 +20,8 @@ class SpecializePhase(Pass):
     after:   linear: f32[B, 1, 64] = linear(mul_4, weight)              # decode
 
     `min_tokens` is the shortest prompt that reaches the prefill graph: what a press slices off its end exists.
-    `example_tokens` is the length that stands for S where a press asks which of two ways to go.
+    `example_tokens` is the length that stands for S where a press asks which of two ways to go. `one_row` gives the
+    batch its size, too.
     """
 
     name: ClassVar[str] = "specialize-phase"
@@ -30,10 +31,11 @@ class SpecializePhase(Pass):
     phase: Phase
     min_tokens: int = 2
     example_tokens: int | None = None
+    one_row: bool = False
 
     def run(self, program: KVProgram) -> int:
         shapes = SymbolicShapes()
-        batch = shapes.dim("B", hint=3)
+        batch = shapes.fix("B", 1) if self.one_row else shapes.dim("B", hint=3)
         if self.phase is Phase.DECODE:
             tokens = shapes.fix("S", 1)
         else:

@@ -69,14 +69,30 @@ def test_every_press_has_parity_and_snapshots() -> None:
     assert {path.stem for path in (ROOT / "tests" / "presses" / "snapshots").glob("*.txt")} == ours
 
 
+def test_counts_of_the_sweep() -> None:
+    """Those in the table's head, which are those of its rows."""
+    table = (ROOT / "tests" / "sweep" / "table.md").read_text()
+    (counts,) = re.findall(r"^(\d+ architectures: .*?); \d+ model types left out\.$", table, re.M)
+    assert counts in " ".join(README.split())
+    rows = [line for line in table.splitlines() if re.match(r"\| (?!architecture)\S+ \| \w", line)]
+    refused = [row for row in rows if row.split(" | ")[4].startswith("refused")]
+    partly = [row for row in rows if "refused" in row and row not in refused]
+    found = (len(rows), len(rows) - len(refused) - len(partly), len(partly), len(refused), 0)
+    assert tuple(map(int, re.findall(r"\d+", counts))) == found
+    assert "failed:" not in table
+
+
 def test_table_of_passes() -> None:
     """Names, forms and phases, in the order of the pipeline."""
     capture = list(capture_passes())
-    phases = {phase: list(phase_passes(phase, Knorm(), embeddings=True)) for phase in Phase}
+    phases = {
+        phase: list(phase_passes(phase, Knorm(), embeddings=True, one_row=phase is Phase.DECODE)) for phase in Phase
+    }
     expected = [[f"`{p.name}`", p.requires.name, p.produces.name, "capture"] for p in capture]
-    for step in phases[Phase.PREFILL]:
-        everywhere = all(step.name in [p.name for p in steps] for steps in phases.values())
-        expected.append([f"`{step.name}`", step.requires.name, step.produces.name, "all" if everywhere else "prefill"])
+    for step in (*phases[Phase.PREFILL], phases[Phase.DECODE][-1]):
+        where = [phase.value for phase, steps in phases.items() if step.name in [p.name for p in steps]]
+        name = "all" if len(where) == len(phases) else where[0]
+        expected.append([f"`{step.name}`", step.requires.name, step.produces.name, name])
     assert [row[:4] for row in section("passes")] == expected
 
 

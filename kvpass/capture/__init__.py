@@ -6,6 +6,7 @@ from contextlib import suppress
 from torch import nn
 from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
 from kvpass.capture.export import DECOMPOSITIONS, export_model, program_from_export
@@ -51,12 +52,25 @@ def capture(model: nn.Module | ExportedProgram, *, registry: bool = True, max_to
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {error}. "
+            f"torch.export cannot capture {type(model).__name__}{_why(error)}: {type(error).__name__}: {error}. "
             f"Try torch.export.export on the model alone to see where it fails. If it holds tables for fewer than "
             f"{longest} positions, say so with max_tokens="
         ) from error
     finally:
         model.train(training)
+
+
+def _why(error: Exception) -> str:
+    """What torch's words mean for a language model."""
+    text = str(error)
+    if "Constraints violated" in text or "Specializations unexpectedly" in text:
+        return (
+            ", whose code treats some lengths of text apart, as recurrent layers, linear attention and scans over "
+            "chunks do (a KV cache does not hold their state)"
+        )
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return ", whose code goes by what the tokens say (a Python loop over experts, patches of varying length)"
+    return ""
 
 
 def _from_export(exported: ExportedProgram, max_tokens: int | None) -> KVProgram:

@@ -23,7 +23,11 @@ from kvpass.ir.masks import Sliding, prompt_mask
 
 NAME = "kvpass"
 # What a model may hand to its attention that no attention node expresses.
-INEXPRESSIBLE = ("position_bias", "indices", "head_mask")
+INEXPRESSIBLE = {
+    "position_bias": "a bias of its own for every pair of tokens",
+    "indices": "an indexer that picks for every token which others it sees",
+    "head_mask": "a mask over heads",
+}
 
 
 class OwnAttentionError(UnsupportedModelError):
@@ -42,10 +46,11 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     layer = getattr(module, "layer_idx", None)
-    for name in INEXPRESSIBLE:
+    for name, meaning in INEXPRESSIBLE.items():
         if options.get(name) is not None:
             raise UnsupportedModelError(
-                f"layer {layer} ({type(module).__name__}): attention uses {name!r}, which no attention node expresses"
+                f"layer {layer} ({type(module).__name__}): attention uses {name!r}, {meaning}, which no attention node "
+                "expresses"
             )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise UnsupportedModelError(f"layer {layer} ({type(module).__name__}): attention is not causal")

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from kvpass.ir.program import KVProgram
 from kvpass.ir.subgraph import Subgraph
+
+aten = torch.ops.aten
+LOOKUPS = (aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ class GraphRope:
     constants: Mapping[Node, Tensor]
 
     def frequencies(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """positions i64[B or 1, P]; the layout of the result is the model's."""
+        """positions i64[B or 1, P]; the layout of the result is the model's.
+
+        A table that is looked up ends where the model's texts do; positions behind that count as its last one.
+        """
+        if any(node.target in LOOKUPS for node in self.rotation.table.body):
+            positions = positions.clamp(max=self.program.max_tokens - 1)
         sizes = self.program.shapes.bind(B=positions.shape[0], S=positions.shape[1])
         (source,) = self.rotation.table.inputs
         return self.rotation.table.run({source: positions, **self.constants}, sizes)

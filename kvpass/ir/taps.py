@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.errors import MissingTapError
-from kvpass.ir.attention_site import AttentionSite
+from kvpass.ir.attention_site import AttentionSite, is_attention
 from kvpass.ir.program import KVProgram, Role
 from kvpass.ir.rotary import GraphRope, Rotation
 from kvpass.ir.subgraph import Subgraph, nodes_between, reached_from
@@ -112,7 +112,7 @@ class Taps:
 
     def rotation(self, site: AttentionSite, post: Node) -> Rotation:
         """The rotation that ends in `post`; empty if the layer has none."""
-        stops = [n for n in nodes_between([post], []) if self._is_projection(n)]
+        stops = [n for n in nodes_between([post], []) if self._is_projection(n) or is_attention(n)]
         body = nodes_between([post], stops)
         mixing = [n for n in body if any(source in self._positional for source in n.all_input_nodes)]
         mixing = [n for n in mixing if n in self._from_tokens]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpass.backends import streams_weights
 from kvpass.budget import Budget, Prompt
 from kvpass.errors import InputError, PressError
 from kvpass.ir.form import Phase
@@ -60,15 +61,24 @@ class Execution:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.ready: dict[tuple[Phase, Press | None, bool], PhaseGraph] = {}
+        self.ready: dict[tuple[Phase, Press | None, bool, bool], PhaseGraph] = {}
 
-    def phase(self, phase: Phase, press: Press | None = None, *, embeddings: bool = False) -> PhaseGraph:
-        """The graph of a phase; the press matters in prefill alone. `embeddings`: it reads those instead of ids."""
-        key = (phase, press, embeddings)
+    def phase(
+        self, phase: Phase, press: Press | None = None, *, embeddings: bool = False, one_row: bool = False
+    ) -> PhaseGraph:
+        """The graph of a phase; the press matters in prefill alone. See `phase_passes`."""
+        key = (phase, press, embeddings, one_row)
         if key not in self.ready:
             recipe = self.recipe
             self.ready[key] = self.graphs.get(
-                phase, press, recipe.layers, recipe.backend, recipe.mode, recipe.print_ir, embeddings=embeddings
+                phase,
+                press,
+                recipe.layers,
+                recipe.backend,
+                recipe.mode,
+                recipe.print_ir,
+                embeddings=embeddings,
+                one_row=one_row,
             )
         return self.ready[key]
 
@@ -167,7 +177,9 @@ class Execution:
         """The logits [b, S, V] of some rows; behind a row's own tokens they are of no use."""
         longest, counts = rows.tokens.shape[1], rows.counts[chosen]
         most = max(counts)
-        graph = self.phase(choose_phase(most, cache.seen_tokens or 1), embeddings=rows.embedded)
+        phase = choose_phase(most, cache.seen_tokens or 1)
+        one_row = phase is Phase.DECODE and len(counts) == 1 and streams_weights(self.recipe.backend, self.device)
+        graph = self.phase(phase, embeddings=rows.embedded, one_row=one_row)
         given = {}
         if any(port.role is Role.NEW_TOKENS for port in graph.program.inputs):
             given[Role.NEW_TOKENS.value] = torch.tensor(counts, device=self.device)

@@ -40,12 +40,17 @@ class PhaseGraphs:
         print_ir: PrintIR = None,
         *,
         embeddings: bool = False,
+        one_row: bool = False,
     ) -> PhaseGraph:
-        """The graph of a phase, run through the passes and handed to the backend at its first mention."""
-        shared = (phase, backend, mode, embeddings)
+        """The graph of a phase, run through the passes and handed to the backend at its first mention.
+
+        embeddings, one_row: see `phase_passes`.
+        """
+        shared = (phase, backend, mode, embeddings, one_row)
         key = (*shared, press, layers) if phase is Phase.PREFILL else shared
         if key not in self._built:
-            manager = PassManager(phase_passes(phase, press, layers, embeddings=embeddings), print_ir=print_ir)
+            steps = phase_passes(phase, press, layers, embeddings=embeddings, one_row=one_row)
+            manager = PassManager(steps, print_ir=print_ir)
             program = manager.run(self.located)
             self._built[key] = PhaseGraph(program, manager.records, make_runner(program, backend, mode))
         return self._built[key]

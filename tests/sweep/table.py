@@ -11,12 +11,21 @@ from .check import PROMPTS, QUESTION, RATIO, STEPS, TOLERANCE, Outcome, Result
 
 def counts(results: Sequence[Result], left_out: Mapping[str, str]) -> str:
     """One line."""
-    found = Counter(result.outcome for result in results)
-    parts = [f"{found[outcome]} {word}" for outcome, word in _WORDS.items()]
+    found = Counter(map(_category, results))
+    parts = [f"{found[category]} {category}" for category in CATEGORIES]
     return f"{len(results)} architectures: {', '.join(parts)}; {len(left_out)} model types left out"
 
 
-_WORDS = {Outcome.EQUAL: "compiled and equal", Outcome.REFUSED: "refused", Outcome.FAILED: "failed"}
+CATEGORIES = ("equal with every press", "equal with some presses", "refused", "failed")
+
+
+def _category(result: Result) -> str:
+    outcomes = {verdict.outcome for verdict in result.verdicts.values()}
+    if Outcome.FAILED in outcomes:
+        return "failed"
+    if Outcome.REFUSED in outcomes:
+        return "equal with some presses" if Outcome.EQUAL in outcomes else "refused"
+    return "equal with every press"
 
 
 def markdown(results: Sequence[Result], left_out: Mapping[str, str], presses: Sequence[str]) -> str:
