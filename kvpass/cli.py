@@ -33,7 +33,7 @@ app = typer.Typer(
 
 
 class Backend(StrEnum):
-    """What runs the graphs of the demo."""
+    """What runs the graphs."""
 
     INDUCTOR = "inductor"
     EAGER = "eager"
@@ -104,6 +104,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each subject.")] = 3,
     dtype: Annotated[DType, typer.Option(help="Of weights and cache.")] = DType.FLOAT32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    backend: Annotated[Backend, typer.Option(help="What runs the graphs.")] = Backend.INDUCTOR,
     mode: Annotated[str | None, typer.Option(help="Of torch.compile, e.g. reduce-overhead.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Subjects whose name begins so.")] = None,
     warm: Annotated[bool, typer.Option(help="Compile once more in a second process.")] = True,
@@ -124,6 +125,7 @@ def bench(
             repeats,
             dtype.value,
             device,
+            backend.value,
             mode,
             tuple(only or ()),
         )

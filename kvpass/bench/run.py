@@ -38,6 +38,7 @@ class Settings:
     repeats: int
     dtype: str
     device: str
+    backend: str
     mode: str | None
     only: tuple[str, ...] = ()
 
@@ -101,9 +102,9 @@ def measure(console: Console, settings: Settings, *, warm: bool) -> tuple[Hardwa
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(10, vocabulary - 10, (1, settings.context), generator=generator).to(device)
-        table = subjects(model, settings.press, settings.ratio, settings.mode, settings.only)
+        table = subjects(model, settings.press, settings.ratio, settings.backend, settings.mode, settings.only)
         if not table:
-            raise InputError(f"--only {settings.only} names no subject; there are {', '.join(table)}")
+            raise InputError(f"only {', '.join(settings.only)}: no subject is called so, e.g. 'kvpass'")
         progress.update(step, total=len(table) * (settings.repeats + 1), completed=0)
         rows, ready = [Row(name) for name in table], {}
         for row in rows:
@@ -154,7 +155,7 @@ def _once(text: str) -> float:
     settings = Settings(**json.loads(text))
     model = _model(settings)
     ids = torch.full((1, settings.context), 11, device=settings.device)
-    table = subjects(model, settings.press, settings.ratio, settings.mode, tuple(settings.only))
+    table = subjects(model, settings.press, settings.ratio, settings.backend, settings.mode, tuple(settings.only))
     start = time.perf_counter()
     (make,) = table.values()
     run(make(), ids, settings.new_tokens)

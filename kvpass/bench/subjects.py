@@ -30,7 +30,7 @@ class Subject:
 
 
 def subjects(
-    model: Any, press: str, ratio: float, mode: str | None, only: tuple[str, ...] = ()
+    model: Any, press: str, ratio: float, backend: str, mode: str | None, only: tuple[str, ...] = ()
 ) -> dict[str, Callable[[], Subject]]:
     """By name, made when called; kvpress only where it can be imported."""
     table: dict[str, Callable[[], Subject]] = {
@@ -40,8 +40,8 @@ def subjects(
     if importlib.util.find_spec("kvpress") is not None:
         table["kvpress"] = lambda: Subject("kvpress", _kvpress(model, press, ratio, compiled=False))
         table["kvpress, compiled"] = lambda: Subject("kvpress, compiled", _kvpress(model, press, ratio, compiled=True))
-    table["kvpass, no press"] = lambda: Subject("kvpass, no press", _kvpass(model, None, None, mode))
-    table[f"kvpass, {press}"] = lambda: Subject(f"kvpass, {press}", _kvpass(model, press, ratio, mode))
+    table["kvpass, no press"] = lambda: Subject("kvpass, no press", _kvpass(model, None, None, backend, mode))
+    table[f"kvpass, {press}"] = lambda: Subject(f"kvpass, {press}", _kvpass(model, press, ratio, backend, mode))
     return {name: make for name, make in table.items() if not only or any(name.startswith(o) for o in only)}
 
 
@@ -100,6 +100,6 @@ def _of_kvpress(kvpress: Any, press: Press, ratio: float) -> Any:
     return made
 
 
-def _kvpass(model: Any, press: str | None, ratio: float | None, mode: str | None) -> Generate:
-    compiled: CompiledModel = kvpass.compile(model, press=press, ratio=ratio, mode=mode)
+def _kvpass(model: Any, press: str | None, ratio: float | None, backend: str, mode: str | None) -> Generate:
+    compiled: CompiledModel = kvpass.compile(model, press=press, ratio=ratio, backend=backend, mode=mode)
     return lambda ids, **options: compiled.generate(ids, **copy.copy(options))
