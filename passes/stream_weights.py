@@ -66,9 +66,13 @@ def streamed_with_bias(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _sums(states: Tensor, weight: Tensor) -> Tensor:
-    return (weight.float() * states.reshape(1, -1).float()).sum(dim=1)
+    return (_as(torch.float32, weight) * _as(torch.float32, states.reshape(1, -1))).sum(dim=1)
 
 
 def _as_states(product: Tensor, states: Tensor) -> Tensor:
-    product = product.reshape(*states.shape[:-1], -1)
-    return product if product.dtype == states.dtype else product.to(states.dtype)
+    return _as(states.dtype, product.reshape(*states.shape[:-1], -1))
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Without a node where nothing is to be done."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

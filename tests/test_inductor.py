@@ -68,12 +68,25 @@ def test_decode_allocates_nothing_of_the_cache_size() -> None:
 
     _, codes = run_and_get_code(step)
     assert len(codes) == 1
+    assert not re.search(
+        r"extern_kernels\.\w*mm", codes[0]
+    )  # one row: weights are streamed, no matrix product reads them
     cached = set(re.findall(r"assert_size_stride\(arg\d+_1, \(1, 2, (\w+), 16\)", codes[0]))
     assert cached  # the symbols (or numbers) that stand for the capacity of keys and values
     allocated = [shape.split(", ") for shape in re.findall(r"empty_strided\w*\(\((.*?)\), ", codes[0])]
     assert any(cached & set(shape) for shape in allocated)  # the mask: one number a slot
     assert not [shape for shape in allocated if cached & set(shape) and "16" in shape]
     assert [t.data_ptr() for layer in range(2) for t in cache.buffers(layer)] == buffers
+
+
+def test_512_steps_compile_one_graph() -> None:
+    """The cache grows twice on the way; nothing of a step depends on how much is in it."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = kvpass.compile(captured_model("llama"), "knorm", ratio=0.5, backend="aot_eager")
+    model.generate(token_ids(1, 90), max_new_tokens=513, min_new_tokens=513, do_sample=False)
+    assert counters["stats"]["unique_graphs"] == 2  # prefill and decode
+    assert not counters["graph_break"]
 
 
 def test_any_backend_of_torch_compile(models: tuple[kvpass.CompiledModel, kvpass.CompiledModel]) -> None:

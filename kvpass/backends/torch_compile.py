@@ -21,8 +21,10 @@ class CompiledGraph:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for tensor, axes in zip(inputs, self._dynamic, strict=True):
-            # Buffers of the cache live through many calls and are marked once. A size of 1 is compiled as such.
-            if axes and not hasattr(tensor, "_dynamo_weak_dynamic_indices"):
-                torch._dynamo.maybe_mark_dynamic(tensor, axes)
+            # Buffers of the cache live through many calls and graphs, and are marked once. A size of 1 is compiled as
+            # such, also where it is none in another graph: so all graphs mark the same axes of a buffer.
+            dynamic = [axis for axis in axes if tensor.shape[axis] != 1]
+            if dynamic and not hasattr(tensor, "_dynamo_weak_dynamic_indices"):
+                torch._dynamo.maybe_mark_dynamic(tensor, dynamic)
         outputs: tuple[Tensor, ...] = self._run(*inputs)
         return outputs
