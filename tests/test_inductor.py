@@ -68,9 +68,7 @@ def test_decode_allocates_nothing_of_the_cache_size() -> None:
 
     _, codes = run_and_get_code(step)
     assert len(codes) == 1
-    assert not re.search(
-        r"extern_kernels\.\w*mm", codes[0]
-    )
+    assert not re.search(r"extern_kernels\.\w*mm", codes[0])
     cached = set(re.findall(r"assert_size_stride\(arg\d+_1, \(1, 2, (\w+), 16\)", codes[0]))
     assert cached  # the symbols (or numbers) that stand for the capacity of keys and values
     allocated = [shape.split(", ") for shape in re.findall(r"empty_strided\w*\(\((.*?)\), ", codes[0])]
