@@ -170,7 +170,7 @@ class Builder:
         tokens = self.draw_tokens()
         self.ids, self.question = tokens[:, : context.length], tokens[:, context.length :]
         full, prefill_logits = self.prefill(self.ids)
-        self.methods = [m for m in context.methods if dtype_name in m.dtypes and context.arch in m.archs]
+        self.methods = [m for m in context.methods if m.runs(context.arch, dtype_name)]
         # Rounding only: the two paths add up the same numbers in a different order.
         self.tolerance = 2e-5 if dtype == torch.float32 else 0.25
         self.worst_difference = 0.0

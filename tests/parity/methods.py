@@ -31,6 +31,10 @@ class Spec:
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
 
+# A sketch's inverse, or what one press keeps of what another kept: the last bit of a key moves pairs far from any tie.
+ROUNDED = ("leverage", "leverage_narrow", "block_keydiff", "composed_knorm_keydiff", "composed_snapkv_knorm")
+
+
 @dataclass(frozen=True)
 class Method:
     """A press in one fixture, and what can be compared of it.
@@ -56,7 +60,7 @@ class Method:
     press: Spec
     ratios: tuple[float | None, ...] = (0.25, 0.9)
     archs: tuple[str, ...] = ARCHITECTURES
-    dtypes: tuple[str, ...] = ("float32",)
+    dtypes: tuple[str, ...] = ("float32",)  # on all architectures; on Llama see `runs`
     decided_by: str = "score"
     chunk: int = 0
     found_by: str = "both"
@@ -68,6 +72,11 @@ class Method:
     rerotates: bool = False
     scores_depend_on_ratio: bool = False
     counts_only: bool = False  # kvpress draws numbers of its own
+
+    def runs(self, arch: str, dtype: str) -> bool:
+        """Whether it is compared there. In bfloat16 on Llama all are but those that rounding decides."""
+        rounded = dtype == "bfloat16" and arch == "llama" and self.label not in ROUNDED
+        return arch in self.archs and (dtype in self.dtypes or rounded)
 
 
 # The files without -more: the presses of the first release, at four ratios.
