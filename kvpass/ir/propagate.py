@@ -4,14 +4,13 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch import SymBool, SymFloat, SymInt, Tensor
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from kvpass.ir.program import KVProgram
 from kvpass.ir.subgraph import call, reached_from
-
-SYMBOLIC = (SymInt, SymFloat, SymBool)
+from kvpass.ir.symbols import SYMBOLIC
 
 
 def propagate(program: KVProgram, inputs: Mapping[str, Tensor]) -> dict[Node, Any]:

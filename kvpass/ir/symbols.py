@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import sympy
 import torch
-from torch import SymInt, Tensor
+from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._sympy.value_ranges import ValueRanges
 
 Size = int | SymInt
+SYMBOLIC = (SymInt, SymFloat, SymBool)
 
 
 class SymbolicShapes:
@@ -98,3 +99,15 @@ class SymbolicShapes:
             for name, size in self._sizes.items()
             if isinstance(size, SymInt) and self.text(size) != name
         }
+
+
+def expression(size: object) -> Any:
+    """The sympy expression of a size, in torch's symbols."""
+    return size.node.expr if isinstance(size, SymInt) else sympy.sympify(size)
+
+
+def symbols_in(value: object) -> Iterator[Any]:
+    """The symbols in a size, or in the shape of a tensor, in order."""
+    for size in value.shape if isinstance(value, Tensor) else (value,):
+        if isinstance(size, SYMBOLIC):
+            yield from sorted(size.node.expr.free_symbols, key=str)
