@@ -16,6 +16,7 @@ from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
 from kvpass.passes.splice_evict import SpliceEvict
 from kvpass.passes.splice_press import SplicePress
+from kvpass.passes.stream_cache import StreamCache
 from kvpass.passes.stream_weights import StreamWeights
 from kvpass.passes.write_cache_in_place import WriteCacheInPlace
 from kvpass.press import Press
@@ -45,7 +46,7 @@ def phase_passes(
     """Once for each phase of a compiled model; `layers` are those to press, None: all that can be.
 
     `embeddings`: the graph reads those instead of token ids. `one_row`: the batch is one row, whose single tokens read
-    all weights for themselves.
+    all weights and a cache for themselves.
     """
     if phase is not Phase.PREFILL:
         press = None
@@ -63,5 +64,5 @@ def phase_passes(
         WriteCacheInPlace(),
         *((LowerAttention(),) if phase is Phase.PREFILL else ()),
         *((AcceptEmbeddings(),) if embeddings else ()),
-        *((StreamWeights(),) if one_row else ()),
+        *((StreamCache(), StreamWeights()) if one_row else ()),
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.ir.builder import GraphBuilder
+from kvpass.ir.builder import GraphBuilder, cast
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram, layer_of
 from kvpass.pass_manager import Pass
@@ -66,13 +66,8 @@ def streamed_with_bias(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _sums(states: Tensor, weight: Tensor) -> Tensor:
-    return (_as(torch.float32, weight) * _as(torch.float32, states.reshape(1, -1))).sum(dim=1)
+    return (cast(weight, torch.float32) * cast(states.reshape(1, -1), torch.float32)).sum(dim=1)
 
 
 def _as_states(product: Tensor, states: Tensor) -> Tensor:
-    return _as(states.dtype, product.reshape(*states.shape[:-1], -1))
-
-
-def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """Without a node where nothing is to be done."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return cast(product.reshape(*states.shape[:-1], -1), states.dtype)

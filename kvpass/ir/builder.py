@@ -204,6 +204,11 @@ class GraphBuilder:
         return trace
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without a node where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _numbered(function: TensorFunction) -> NamedTensorFunction:
     @functools.wraps(function)
     def named(*tensors: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvpass.ir.program import KVProgram, Origin, layer_of
-from kvpass.ir.propagate import SYMBOLIC
+from kvpass.ir.symbols import SYMBOLIC
 
 # Printed inside their only reader: they move data about and say nothing on a line of their own.
 FOLDED = frozenset(

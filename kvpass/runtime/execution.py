@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpass.backends import streams_weights
+from kvpass.backends import streams_memory
 from kvpass.budget import Budget, Prompt
 from kvpass.errors import InputError, PressError
 from kvpass.ir.form import Phase
@@ -178,7 +178,7 @@ class Execution:
         longest, counts = rows.tokens.shape[1], rows.counts[chosen]
         most = max(counts)
         phase = choose_phase(most, cache.seen_tokens or 1)
-        one_row = phase is Phase.DECODE and len(counts) == 1 and streams_weights(self.recipe.backend, self.device)
+        one_row = phase is Phase.DECODE and len(counts) == 1 and streams_memory(self.recipe.backend, self.device)
         graph = self.phase(phase, embeddings=rows.embedded, one_row=one_row)
         given = {}
         if any(port.role is Role.NEW_TOKENS for port in graph.program.inputs):

@@ -6,7 +6,7 @@ from models import captured_model, token_ids
 from tiny_models import tiny_model
 
 import kvpass
-from kvpass.backends import streams_weights
+from kvpass.backends import streams_memory
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
 from kvpass.pass_manager import PassManager
@@ -55,7 +55,7 @@ def test_the_same_logits(arch: str, dtype: torch.dtype) -> None:
 
 
 def test_where_it_is_worth_it() -> None:
-    assert streams_weights("inductor", torch.device("cpu"))
-    assert not streams_weights("eager", torch.device("cpu"))
-    assert not streams_weights("inductor", torch.device("cuda"))
-    assert not streams_weights(lambda module, inputs: module, torch.device("cpu"))
+    assert streams_memory("inductor", torch.device("cpu"))
+    assert not streams_memory("eager", torch.device("cpu"))
+    assert not streams_memory("inductor", torch.device("cuda"))
+    assert not streams_memory(lambda module, inputs: module, torch.device("cpu"))

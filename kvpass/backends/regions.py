@@ -1,0 +1,252 @@
+"""Cut a lowered graph into regions, about one a decoder layer, so that equal ones are compiled once."""
+
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.node import map_arg
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from kvpass.ir.program import KVProgram, Role
+from kvpass.ir.symbols import SYMBOLIC, expression, symbols_in
+
+aten = torch.ops.aten
+FACTORIES = frozenset(
+    [
+        aten.arange.default,
+        aten.arange.start,
+        aten.full.default,
+        aten.zeros.default,
+        aten.ones.default,
+        aten.new_zeros.default,
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Neighbouring nodes of a program as a graph of their own; its inputs are `sizes`, then `reads`.
+
+    `sizes` are symbols of the program, `reads` and `leaves` nodes of it. Regions with the same `text` compute the same
+    of their inputs.
+    """
+
+    module: GraphModule
+    sizes: tuple[Any, ...]
+    reads: tuple[Node, ...]
+    leaves: tuple[Node, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A program in pieces: `views` of its inputs are taken first, then the regions follow each other."""
+
+    views: tuple[Node, ...]
+    regions: tuple[Region, ...]
+
+
+def cut_regions(program: KVProgram) -> Regions:
+    """Cut between layers where the fewest values are alive: that is the residual stream.
+
+    Constants of sizes alone (ranges, masks of a window) are computed in each region that reads them.
+    """
+    cutter = _Cutter(program)
+    return Regions(tuple(cutter.views), tuple(cutter.regions()))
+
+
+def can_cut(program: KVProgram) -> bool:
+    """Whether all sizes are those of inputs; some are known by the data alone (tokens of an expert)."""
+    known = {symbol for node in program.placeholders() for symbol in symbols_in(node.meta["val"])}
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "call_function")
+    tensors = (t for value in values for t in (value if isinstance(value, list | tuple) else [value]))
+    return all(symbol in known for tensor in tensors if tensor is not None for symbol in symbols_in(tensor))
+
+
+class _Cutter:
+    def __init__(self, program: KVProgram) -> None:
+        self.program = program
+        inputs = set(program.placeholders())
+        self.views = [
+            node
+            for node in program.graph.nodes
+            if node.target is aten.select.int and set(node.all_input_nodes) <= inputs
+        ]
+        self.anywhere: set[Node] = set()
+        for node in program.graph.nodes:
+            if _is_cheap_constant(node, self.anywhere):
+                self.anywhere.add(node)
+        apart = {*self.views, *self.anywhere}
+        self.body = [node for node in program.graph.nodes if node.op == "call_function" and node not in apart]
+        self.index = {node: i for i, node in enumerate(self.body)}
+        self.written: dict[tuple[int, int], Region] = {}
+
+    def regions(self) -> Iterator[Region]:
+        bounds = self._bounds()
+        for first, last in itertools.pairwise(bounds):
+            yield self.region(first, last)
+
+    # -- where to cut ------------------------------------------------------------------------------------------
+
+    def _bounds(self) -> list[int]:
+        """Indices into the body where regions begin, and its end."""
+        places = self._layers()
+        alive = self._alive()
+        inner = [
+            min(range(after + 1, before + 1), key=lambda i: (alive[i], -i))
+            for after, before in itertools.pairwise(places)
+        ]
+        bounds = [0, *inner, len(self.body)]
+        if len(inner) < 2:
+            return bounds
+        texts = {self.region(first, last).text for first, last in itertools.pairwise(inner)}
+        lengths = sorted({last - first for first, last in itertools.pairwise(inner)})
+        # What stands before the first layer and behind the last one: where a piece as long as another layer equals it.
+        leads = sorted({place - cut for place, cut in zip(places[1:], inner, strict=True)})
+        starts = [places[0] - lead for lead in leads if places[0] > lead]
+        head = [i for i in starts if self.region(i, inner[0]).text in texts][:1]
+        ends = [inner[-1] + length for length in lengths if inner[-1] + length < len(self.body)]
+        tail = [i for i in ends if self.region(inner[-1], i).text in texts][:1]
+        return [0, *head, *inner, *tail, len(self.body)]
+
+    def _layers(self) -> list[int]:
+        """Where each layer writes its keys."""
+        names = {port.name for port in self.program.inputs if port.role is Role.KEYS}
+        caches = [node for node in self.program.placeholders() if node.target in names]
+        return sorted(min(self.index[user] for user in node.users if user in self.index) for node in caches)
+
+    def _alive(self) -> list[int]:
+        """How many values are computed before an index of the body and read behind it, by the index."""
+        changes = [0] * (len(self.body) + 2)
+        for i, node in enumerate(self.body):
+            readers = [self.index[user] for user in node.users if user in self.index]
+            if readers:
+                changes[i + 1] += 1
+                changes[max(readers) + 1] -= 1
+        alive = list(itertools.accumulate(changes))
+        for i, node in enumerate(self.body):
+            if node.target is operator.getitem:  # one of several results stays with the operator
+                alive[i] = len(self.body)
+        return alive
+
+    # -- a piece -----------------------------------------------------------------------------------------------
+
+    def region(self, first: int, last: int) -> Region:
+        if (first, last) not in self.written:
+            self.written[first, last] = _Writer(self.program, self.body[first:last], self.anywhere).region()
+        return self.written[first, last]
+
+
+class _Writer:
+    """Writes the graph of one region."""
+
+    def __init__(self, program: KVProgram, nodes: Sequence[Node], anywhere: set[Node]) -> None:
+        self.program, self.nodes, self.anywhere = program, nodes, anywhere
+        self.graph = Graph()
+        self.held: dict[str, Any] = {}
+        self.new: dict[Node, Node] = {}
+        self.reads: list[Node] = []
+        self.sizes: dict[Any, Node] = {}
+
+    def region(self) -> Region:
+        inside = set(self.nodes)
+        self._declare(inside)
+        for node in self.nodes:
+            self._copy(node)
+        leaves = tuple(node for node in self.nodes if any(user not in inside for user in node.users))
+        self.graph.output(tuple(self.new[node] for node in leaves))
+        module = GraphModule(self.held, self.graph)
+        return Region(module, tuple(self.sizes), tuple(self.reads), leaves, self._text())
+
+    def _declare(self, inside: set[Node]) -> None:
+        """Placeholders for the sizes and for the tensors that come from elsewhere, in the order of their first use."""
+        needed: dict[Node, None] = {}
+        work = list(reversed(self.nodes))
+        seen: set[Node] = set()
+        while work:
+            node = work.pop()
+            for source in node.all_input_nodes:
+                if source in inside or source in seen:
+                    continue
+                seen.add(source)
+                needed[source] = None
+                if source in self.anywhere and not _measures(source):
+                    work.append(source)
+        self.reads = [
+            node
+            for node in needed
+            if node not in self.anywhere and not isinstance(_held(self.program, node), GraphModule)
+        ]
+        for node in (*self.reads, *(node for node in needed if node in self.anywhere)):
+            for symbol in symbols_in(node.meta["val"]):
+                self.sizes.setdefault(symbol, None)  # type: ignore[arg-type]
+        for i, symbol in enumerate(self.sizes):
+            self.sizes[symbol] = self.graph.placeholder(f"size_{i}")
+        for i, node in enumerate(self.reads):
+            self.new[node] = self.graph.placeholder(f"read_{i}")
+
+    def _copied(self, node: Node) -> Node:
+        """The node of this graph that stands for one of the program's."""
+        if node not in self.new:
+            if node.op == "get_attr":  # the body of a loop
+                name = f"body_{len(self.held)}"
+                self.held[name] = self.program.held(node)
+                self.new[node] = self.graph.get_attr(name)
+            elif _measures(node):
+                self.new[node] = self._size(node)
+            else:
+                self._copy(node)
+        return self.new[node]
+
+    def _copy(self, node: Node) -> None:
+        """Under a name that says nothing of where it stood."""
+        args, kwargs = map_arg((node.args, node.kwargs), self._copied)
+        self.new[node] = self.graph.create_node(node.op, node.target, args, kwargs, f"value_{len(self.new)}")
+
+    def _size(self, node: Node) -> Any:
+        """A size of a tensor, computed of the symbols."""
+        proxies = {symbol: Proxy(placeholder) for symbol, placeholder in self.sizes.items()}
+        found = sympy_interp(PythonReferenceAnalysis, proxies, expression(node.meta["val"]))
+        return found.node if isinstance(found, Proxy) else found
+
+    def _text(self) -> str:
+        """The graph with everything that can tell its inputs apart."""
+        local = {symbol: sympy.Symbol(f"z{i}") for i, symbol in enumerate(self.sizes)}
+        kinds = []
+        for value in (node.meta["val"] for node in self.reads):
+            shape = [expression(size).xreplace(local) for size in value.shape]
+            kinds.append(f"{value.dtype} {shape} {value.device}")
+        bodies = [str(body.graph) for body in self.held.values()]
+        return "\n".join([*kinds, *bodies, str(self.graph)])
+
+
+def _held(program: KVProgram, node: Node) -> object:
+    return program.held(node) if node.op == "get_attr" else None
+
+
+def _measures(node: Node) -> bool:
+    """Whether a node is the size of a tensor."""
+    return isinstance(node.meta.get("val"), SymInt) and "sym_size" in str(node.target)
+
+
+def _is_cheap_constant(node: Node, constants: set[Node]) -> bool:
+    """Whether a node depends on sizes alone and is quickly computed again."""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.meta.get("val"), SYMBOLIC):
+        return True
+    tags = getattr(node.target, "tags", ())
+    schema = getattr(node.target, "_schema", None)
+    quick = node.target in FACTORIES or torch.Tag.pointwise in tags or _is_view(schema)
+    return quick and all(source in constants for source in node.all_input_nodes)
+
+
+def _is_view(schema: Any) -> bool:
+    return schema is not None and any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
