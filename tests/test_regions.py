@@ -56,6 +56,8 @@ def test_equal_layers_are_one_text(
         assert len(regions) == layers + 2
         assert len({region.text for region in regions[1:-1]}) == 1
         assert len({region.text for region in regions}) == 3
+        # states go to the next layer, and out of the graph the positions of what was kept
+        assert [len(region.leaves) for region in regions[1:-1]] == [2 if press else 1] * layers
         # from one layer to the next go the states, and what all layers read of positions
         given = [{leaf.name for leaf in region.leaves} for region in regions]
         read = [{node.name for node in region.reads if node.op == "call_function"} for region in regions]

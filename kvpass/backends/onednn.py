@@ -7,7 +7,8 @@ from torch.library import Library
 
 aten = torch.ops.aten
 library = Library("kvpass", "FRAGMENT")
-library.define("onednn_linear(Tensor states, Tensor weight, Tensor? bias) -> Tensor")
+SCHEMA = "onednn_linear(Tensor states, Tensor weight, Tensor? bias) -> Tensor"
+library.define(SCHEMA, tags=(torch.Tag.flexible_layout,))  # oneDNN reads any strides: inductor need not copy
 
 
 def multiply_with_onednn(graph: Graph, dtypes: dict[str, torch.dtype]) -> int:

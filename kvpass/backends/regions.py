@@ -15,9 +15,11 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from kvpass.ir.program import KVProgram, Role
+from kvpass.ir.subgraph import nodes_between
 from kvpass.ir.symbols import SYMBOLIC, expression, symbols_in
 
 aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
 FACTORIES = frozenset(
     [
         aten.arange.default,
@@ -158,12 +160,23 @@ class _Writer:
     def region(self) -> Region:
         inside = set(self.nodes)
         self._declare(inside)
-        for node in self.nodes:
+        for node in self._attention_first():
             self._copy(node)
-        leaves = tuple(node for node in self.nodes if any(user not in inside for user in node.users))
+        at_home = inside | self.anywhere  # what only measures a tensor reads nothing of it
+        leaves = tuple(node for node in self.nodes if any(user not in at_home for user in node.users))
         self.graph.output(tuple(self.new[node] for node in leaves))
         module = GraphModule(self.held, self.graph)
         return Region(module, tuple(self.sizes), tuple(self.reads), leaves, self._text())
+
+    def _attention_first(self) -> list[Node]:
+        """The nodes in an order in which attention is as early as it can be.
+
+        It decides how queries and keys lie in memory; a press in front of it would have them in two ways.
+        """
+        early = set(nodes_between([n for n in self.nodes if n.target is ATTENTION], []))
+        if any(_writes(node) for node in early):
+            return list(self.nodes)
+        return [*(n for n in self.nodes if n in early), *(n for n in self.nodes if n not in early)]
 
     def _declare(self, inside: set[Node]) -> None:
         """Placeholders for the sizes and for the tensors that come from elsewhere, in the order of their first use."""
@@ -229,6 +242,11 @@ class _Writer:
 
 def _held(program: KVProgram, node: Node) -> object:
     return program.held(node) if node.op == "get_attr" else None
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _measures(node: Node) -> bool:

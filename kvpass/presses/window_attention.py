@@ -17,7 +17,9 @@ def window_attention(x: PressInputs, window: int) -> Tensor:
     """
     tokens, first = x.keys.shape[2], x.queries.shape[2] - window
     queries = x.per_kv_head(x.queries[:, :, first:])
-    logits = queries @ x.keys.unsqueeze(2).transpose(-1, -2) * x.scale
+    # all queries of a KV head side by side: its keys are not repeated for each of them
+    products = queries.flatten(2, 3) @ x.keys.transpose(-1, -2)
+    logits: Tensor = products.unflatten(2, queries.shape[2:4]) * x.scale
     query = torch.arange(window, device=logits.device)[:, None] + first
     key = torch.arange(tokens, device=logits.device) if x.positions is None else x.positions[:, :, None, None]
     weights = logits.masked_fill(key > query, float("-inf")).softmax(-1, dtype=torch.float32).to(queries.dtype)
