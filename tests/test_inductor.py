@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from models import captured_model, token_ids
+from models import captured_model, eager_model, token_ids
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
@@ -63,7 +63,8 @@ def test_generate_and_direct_calls_share_their_graphs() -> None:
 
 def test_decode_allocates_nothing_of_the_cache_size() -> None:
     """The generated code of a decode step makes no buffer with the cache's capacity and head size."""
-    model = kvpass.compile(captured_model("llama"), backend="inductor", capacity=1000)
+    captured = kvpass.capture_model(eager_model("llama"))  # its graphs are nobody else's, and not compiled yet
+    model = kvpass.compile(captured, backend="inductor", capacity=1000)
     cache = model.prefill(token_ids(1, 50)).past_key_values
     buffers = [t.data_ptr() for layer in range(2) for t in cache.buffers(layer)]
 

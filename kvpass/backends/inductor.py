@@ -16,6 +16,8 @@ from kvpass.ir.program import KVProgram
 from kvpass.ir.subgraph import call
 from kvpass.ir.symbols import Size, SymbolicShapes, expression
 
+REMEMBERED = 256  # combinations of sizes whose steps are kept at hand
+
 
 def mode_options(mode: str | None) -> dict[str, Any]:
     """What a mode of torch.compile means to inductor; `RuntimeError` for an unknown one, as torch.compile has it."""
@@ -148,6 +150,7 @@ class RegionalGraph:
             for axis, size in enumerate(node.meta["val"].shape):
                 if isinstance(size, SymInt) and size.node.expr.is_Symbol:
                     self._where.setdefault(size.node.expr, (i, axis))
+        self._plans: dict[tuple[int | None, ...], list[Code]] = {}
         self._ready: dict[tuple[int, ...], list[Step]] = {}
 
     @property
@@ -159,6 +162,8 @@ class RegionalGraph:
         sizes = tuple(inputs[i].shape[axis] for i, axis in self._where.values())
         steps = self._ready.get(sizes)
         if steps is None:
+            if len(self._ready) == REMEMBERED:
+                self._ready.clear()
             steps = self._ready[sizes] = self._prepared(dict(zip(self._where, sizes, strict=True)))
         values: list[Any] = [*inputs, *[None] * (len(self._slots) - len(inputs))]
         for node in self._views:
@@ -176,33 +181,40 @@ class RegionalGraph:
 
     def _prepared(self, sizes: Mapping[Any, int]) -> list[Step]:
         """The regions with code for these sizes."""
-        constant = {symbol: sympy.Integer(size) for symbol, size in sizes.items() if size < 2}
-        kinds = {node: self._contiguous(node).replaced(constant) for node in self._inputs}
-        for node in self._views:
-            kinds[node] = _selected(kinds[node.args[0]], node.args[1])  # type: ignore[index,arg-type]
+        fixed = tuple(size if size < 2 else None for size in sizes.values())
+        if fixed not in self._plans:
+            self._plans[fixed] = self._planned(sizes)
         last = {slot: i for i, region in enumerate(self.regions) for slot in self._read_slots(region)}
         steps = []
-        for i, region in enumerate(self.regions):
-            code = self._code(region, kinds)
-            version = code.version([sizes[symbol] for symbol in region.sizes], self.options)
-            names = {sympy.Symbol(f"z{n}"): constant.get(symbol, symbol) for n, symbol in enumerate(region.sizes)}
-            kinds |= {leaf: kind.replaced(names) for leaf, kind in zip(region.leaves, code.outputs, strict=True)}
-            arguments = [sizes[symbol] for symbol in region.sizes]
-            arguments += [self.program.attribute(n) if n.op == "get_attr" else None for n in region.reads]  # type: ignore[misc]
+        for i, (region, code) in enumerate(zip(self.regions, self._plans[fixed], strict=True)):
+            own = [sizes[symbol] for symbol in region.sizes]
+            weights = [self.program.attribute(node) if node.op == "get_attr" else None for node in region.reads]
+            places = {place: node for place, node in enumerate(region.reads, len(own)) if node in self._slots}
             steps.append(
                 Step(
-                    tuple(arguments),
-                    tuple(
-                        (len(region.sizes) + n, self._slots[node])
-                        for n, node in enumerate(region.reads)
-                        if node in self._slots
-                    ),
-                    version.run,
+                    (*own, *weights),
+                    tuple((place, self._slots[node]) for place, node in places.items()),
+                    code.version(own, self.options).run,
                     tuple(self._slots[leaf] for leaf in region.leaves),
                     tuple(slot for slot, step in last.items() if step == i and slot not in self._outputs),
                 )
             )
         return steps
+
+    def _planned(self, sizes: Mapping[Any, int]) -> list[Code]:
+        """The code of each region, by what it reads from those before it; sizes of 0 and 1 are constants."""
+        constant = {symbol: sympy.Integer(size) for symbol, size in sizes.items() if size < 2}
+        kinds = {node: self._contiguous(node).replaced(constant) for node in self._inputs}
+        for node in self._views:
+            kinds[node] = _selected(kinds[node.args[0]], node.args[1])  # type: ignore[index,arg-type]
+        codes = []
+        for region in self.regions:
+            codes.append(self._code(region, kinds))
+            codes[-1].version([sizes[symbol] for symbol in region.sizes], self.options)
+            names = {sympy.Symbol(f"z{n}"): constant.get(symbol, symbol) for n, symbol in enumerate(region.sizes)}
+            left = (kind.replaced(names) for kind in codes[-1].outputs)
+            kinds |= dict(zip(region.leaves, left, strict=True))
+        return codes
 
     def _read_slots(self, region: Region) -> list[int]:
         return [self._slots[node] for node in region.reads if node in self._slots]
