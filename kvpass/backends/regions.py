@@ -236,7 +236,11 @@ class _Writer:
         for value in (node.meta["val"] for node in self.reads):
             shape = [expression(size).xreplace(local) for size in value.shape]
             kinds.append(f"{value.dtype} {shape} {value.device}")
-        bodies = [str(body.graph) for body in self.held.values()]
+        inner = [part for body in self.held.values() for part in body.modules() if isinstance(part, GraphModule)]
+        held = [
+            id(tensor) for part in inner for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
+        ]
+        bodies = [*(str(part.graph) for part in inner), str(held)]  # loops, and loops inside them
         return "\n".join([*kinds, *bodies, str(self.graph)])
 
 
