@@ -163,13 +163,19 @@ def _with_delimiter(press: Press | None, delimiter: int) -> Press:
 def _selected(located: KVProgram, layers: Iterable[int] | Callable[[int], bool] | None) -> frozenset[int] | None:
     if layers is None:
         return None
-    pressable = {site.layer: site.pressable for site in attention_sites(located)}
-    chosen = {layer for layer in pressable if layers(layer)} if callable(layers) else set(layers)
-    if unknown := sorted(chosen - set(pressable)):
-        raise PressError(f"layers={unknown}: the model has layers 0 to {len(pressable) - 1}")
-    if windowed := sorted(layer for layer in chosen if not pressable[layer] and not callable(layers)):
+    sites = attention_sites(located)
+    chosen = {site.layer for site in sites if layers(site.layer)} if callable(layers) else set(layers)
+    if unknown := sorted(chosen - {site.layer for site in sites}):
+        raise PressError(f"layers={unknown}: the model has layers 0 to {len(sites) - 1}")
+    named = [site for site in sites if site.layer in chosen and not callable(layers)]
+    if windowed := [site.layer for site in named if site.bounded]:
         raise PressError(f"layers={windowed} see a window or a chunk and keep that alone; press the others")
-    if not any(pressable[layer] for layer in chosen):
+    if shared := {site.layer: site.holder for site in named if not site.holds_cache}:
+        raise PressError(
+            f"layers={list(shared)} read the keys of layers {sorted(set(shared.values()))} and see what those keep; "
+            "press those"
+        )
+    if not any(site.pressable and site.layer in chosen for site in sites):
         raise PressError(f"layers={sorted(chosen)}: no layer is left to press; use press=None")
     return frozenset(chosen)
 
@@ -187,6 +193,7 @@ def _layers(located: KVProgram, press: Press | None, selected: frozenset[int] | 
                 pressed=press is not None and site.pressable and (selected is None or site.layer in selected),
                 ring=site.mask.reach,
                 tracks_positions=site.tracks_positions,
+                reads=None if site.holds_cache else site.holder,
             )
         )
     return tuple(layers)

@@ -1,7 +1,8 @@
 """Give every attention layer a place in the cache."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -12,10 +13,12 @@ from kvpass.ir.cache_code import (
     append,
     append_positions,
     attend_cache,
-    extend_ring,
+    attend_joined,
+    join_ring,
     store_positions,
     store_prefix,
     store_ring,
+    update_ring,
 )
 from kvpass.ir.form import Form, Phase
 from kvpass.ir.program import KVProgram, Port, Role
@@ -35,8 +38,8 @@ class InsertKVCache(Pass):
 
     New tokens take the slots behind those in use (`lengths`, per layer and row). Layers of windows or chunks hold a
     ring: token p lies in slot p % reach, `lengths` counts all that were seen. The queries that share a KV head go into
-    the query axis, so that no head is ever repeated in memory. Where scores depend on the distance in the text, the
-    cache also holds the position of each entry.
+    the query axis, so that no head is ever repeated in memory. Layers that share their keys read one cache. Where
+    scores depend on the distance in the text, the cache also holds the position of each entry.
     """
 
     name: ClassVar[str] = "insert-kv-cache"
@@ -48,19 +51,19 @@ class InsertKVCache(Pass):
             return 0
         builder = GraphBuilder(program, self.name)
         sites = attention_sites(program)
-        rings = [site for site in sites if not site.pressable]
         batch = program.input_node(Role.INPUT_IDS).meta["val"].shape[0]
         counts = []
         if program.phase is not Phase.PREFILL:
             counts.append(self._counter(builder, Role.LENGTHS, (len(sites), batch)))
-        if program.phase is Phase.EXTEND and rings:
+        if program.phase is Phase.EXTEND and any(site.bounded for site in sites):
             counts.append(self._counter(builder, Role.NEW_TOKENS, (batch,)))
-        caches = [self._placeholders(program, builder, site) for site in sites]
-        for site, cache in zip(sites, caches, strict=True):
-            tracked = self._track(program, builder, site, cache[0], counts) if site.tracks_positions else []
-            stored = self._update(program, builder, site, cache, counts, tracked)
-            for role, old, new in zip((Role.KEYS, Role.VALUES), cache, stored, strict=True):
-                program.add_output(Port(f"{role.value}_out_{site.layer}", role, site.layer, old.name), new)
+        caches = {site.layer: self._placeholders(program, builder, site) for site in sites if site.holds_cache}
+        held: dict[int, _Held] = {}
+        for site in sites:
+            if site.holds_cache:
+                held[site.layer] = self._update(program, builder, site, caches[site.layer], counts)
+            if program.phase is not Phase.PREFILL:
+                self._attend(program, builder, site, held[site.holder], counts[0])
         program.graph.eliminate_dead_code()
         return len(sites)
 
@@ -69,9 +72,9 @@ class InsertKVCache(Pass):
         device = program.input_node(Role.INPUT_IDS).meta["val"].device
         return builder.placeholder(Port(role.value, role), program.shapes.empty(shape, torch.int64, device))
 
-    def _placeholders(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite) -> tuple[Node, Node]:
+    def _placeholders(self, program: KVProgram, builder: GraphBuilder, site: AttentionSite) -> list[Node]:
         # Layers may differ in what they hold, so each has a capacity of its own.
-        letter, hint = ("C", CAPACITY_HINT) if site.pressable else ("W", WINDOW_HINT)
+        letter, hint = ("W", WINDOW_HINT) if site.bounded else ("C", CAPACITY_HINT)
         tokens = program.input_node(Role.INPUT_IDS).meta["val"].shape[1]
         longest = tokens if isinstance(tokens, int) else int(tokens.node.hint)
         capacity = program.shapes.dim(f"{letter}_{site.layer}", hint=hint + 2 * longest)  # more than any prompt
@@ -81,7 +84,7 @@ class InsertKVCache(Pass):
             batch, heads, _, width = like.shape
             value = program.shapes.empty((batch, heads, capacity, width), like.dtype, like.device)
             nodes.append(builder.placeholder(Port(f"{role.value}_{site.layer}", role, site.layer), value))
-        return nodes[0], nodes[1]
+        return nodes
 
     def _track(
         self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, keys: Node, counts: list[Node]
@@ -97,29 +100,41 @@ class InsertKVCache(Pass):
         return [new, position_ids]
 
     def _update(
-        self,
-        program: KVProgram,
-        builder: GraphBuilder,
-        site: AttentionSite,
-        cache: tuple[Node, Node],
-        counts: list[Node],
-        tracked: list[Node],
-    ) -> list[Node]:
-        """The nodes of the new cache; attention reads it, except in prefill."""
-        names, layer, like = ["keys_out", "values_out"], site.layer, site.node
-        new = (site.keys, site.values)
+        self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, cache: list[Node], counts: list[Node]
+    ) -> "_Held":
+        """Let the new cache leave the graph."""
+
+        def inline(code: Callable[..., Any], inputs: Sequence[Node], *names: str) -> list[Node]:
+            return list(builder.inline(code, inputs, names=names, layer=site.layer, like=site.node))
+
+        new, names = (site.keys, site.values), ("keys_out", "values_out")
+        tracked = self._track(program, builder, site, cache[0], counts) if site.tracks_positions else []
         if program.phase is Phase.PREFILL:
-            store = store_prefix if site.pressable else store_ring(site.mask)
-            pairs = zip(names, cache, new, strict=True)
-            return [builder.inline(store, [old, n], names=[name], layer=layer, like=like)[0] for name, old, n in pairs]
-        lengths, extra = counts[0], [*site.extras.values(), *tracked]
-        if program.phase is Phase.EXTEND and not site.pressable:  # attention reads what the new tokens push out
-            inputs = [site.queries, *cache, *new, *counts, *extra]
-            out, *stored = builder.inline(extend_ring(site), inputs, names=["attended", *names], layer=layer, like=like)
+            store = store_ring(site.mask) if site.bounded else store_prefix
+            stored = seen = [inline(store, pair, name)[0] for *pair, name in zip(cache, new, names, strict=True)]
+        elif program.phase is Phase.EXTEND and site.bounded:
+            seen = inline(join_ring, [*cache, *new], "keys_seen", "values_seen")
+            stored = inline(update_ring(site), [*cache, *seen, *counts], *names)
         else:
-            stored = [*builder.inline(append(site), [*cache, *new, lengths], names=names, layer=layer, like=like)]
-            inputs = [site.queries, *stored, lengths, *extra]
-            (out,) = builder.inline(attend_cache(site), inputs, names=["attended"], layer=layer, like=like)
+            stored = seen = inline(append(site), [*cache, *new, counts[0]], *names)
+        for role, old, value in zip((Role.KEYS, Role.VALUES), cache, stored, strict=True):
+            program.add_output(Port(f"{role.value}_out_{site.layer}", role, site.layer, old.name), value)
+        return _Held(seen, tracked)
+
+    def _attend(
+        self, program: KVProgram, builder: GraphBuilder, site: AttentionSite, held: "_Held", lengths: Node
+    ) -> None:
+        """Let attention read the cache; that of a ring and more tokens, what these push out as well."""
+        code = attend_joined if program.phase is Phase.EXTEND and site.bounded else attend_cache
+        inputs = [site.queries, *held.seen, lengths, *site.extras.values(), *held.tracked]
+        (out,) = builder.inline(code(site), inputs, names=["attended"], layer=site.layer, like=site.node)
         site.node.replace_all_uses_with(out)
         program.graph.erase_node(site.node)
-        return stored
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What the attentions of a cache read: keys and values, and positions where they are tracked."""
+
+    seen: list[Node]
+    tracked: list[Node]

@@ -9,6 +9,7 @@ from kvpass.errors import UnsupportedModelError
 from kvpass.ir.attention_site import SiteMark, is_attention, is_over_tokens
 from kvpass.ir.form import Form
 from kvpass.ir.program import KVProgram
+from kvpass.ir.subgraph import argument
 from kvpass.ir.written_attention import unmatched
 from kvpass.pass_manager import Pass
 
@@ -17,8 +18,9 @@ from kvpass.pass_manager import Pass
 class LocateAttention(Pass):
     """Mark every attention over the tokens with its layer, module path and mask. The graph text does not change.
 
-    Layers are counted in the order of the graph: a module that is called twice has a cache for each call. Attention
-    over something else than the tokens is left alone; `prove-token-local` proves that it needs no cache.
+    Layers are counted in the order of the graph: a module that is called twice has a cache for each call. A layer that
+    reads the keys and values of an earlier one, under the same mask, has no cache of its own. Attention over something
+    else than the tokens is left alone; `prove-token-local` proves that it needs no cache.
     """
 
     name: ClassVar[str] = "locate-attention"
@@ -35,8 +37,11 @@ class LocateAttention(Pass):
             )
         if all("site" in node.meta for node in attentions):
             return 0
+        holders: dict[object, int] = {}
         for layer, node in enumerate(attentions):
-            node.meta["site"] = SiteMark(layer, _module_path(node), node.meta.pop("mask"))
+            mask = node.meta.pop("mask")
+            holder = holders.setdefault((argument(node, "key"), argument(node, "value"), mask), layer)
+            node.meta["site"] = SiteMark(layer, holder, _module_path(node), mask)
             node._rename(f"attention_{layer}")
         program.layer_count = len(attentions)
         return len(attentions)

@@ -47,7 +47,7 @@ class SpliceEvict(Pass):
 
     def _store(self, program: KVProgram, builder: GraphBuilder, role: Role, site: AttentionSite, held: Node) -> None:
         old, cache = program.output_value(role, site.layer), program.input_node(role, site.layer)
-        store = store_prefix if site.pressable else store_ring(site.mask)
+        store = store_ring(site.mask) if site.bounded else store_prefix
         names = [f"{role.value}_stored"]
         (new,) = builder.inline(store, [cache, held], names=names, layer=site.layer, like=site.node)
         old.replace_all_uses_with(new)

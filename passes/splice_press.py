@@ -63,7 +63,7 @@ class SplicePress(Pass):
                 found.nodes[f"asset.{name}"] = builder.attribute(f"press_{name}_{site.layer}", tensor[site.layer], site)
             self._splice(program, builder, site, found)
         for site in everywhere:
-            if not self._pressed(site) and self.press.rerotates:
+            if site.holds_cache and not self._pressed(site) and self.press.rerotates:
                 self._splice(program, builder, site, taps.of_layer(site))
         return len(sites)
 

@@ -35,6 +35,9 @@ class WriteCacheInPlace(Pass):
         updates = [port for port in program.outputs if port.updates]
         for port in updates:
             node = program.output_value(port.role, port.layer)
+            cache = program.input_node(port.role, port.layer)
+            if late := [user.name for user in cache.users if user > node]:
+                raise VerificationError(f"{late[0]} reads {cache.name} behind {node.name}, which overwrites it")
             program.drop_output(port)
             if node.target is aten.index_put.default:
                 node.target = aten.index_put_.default

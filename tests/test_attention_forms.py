@@ -120,7 +120,7 @@ class _Blinded(Interpreter):
         q, k, v, sinks, slopes = (None if tap is None else self.env[tap] for tap in taps)
         position = torch.arange(q.shape[2])
         seen = site.mask.allowed(position[:, None], position)
-        if site.pressable:
+        if not site.bounded:
             dropped = (position >= 3) & (position < PROMPT - KEPT + 3)
             seen &= ~dropped | (position[:, None] < PROMPT)
         bias = None if slopes is None else distance_bias(slopes, position, position)

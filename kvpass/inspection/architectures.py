@@ -74,7 +74,9 @@ class Architecture:
         return self.config_class(**self.fields)
 
     def shallow(self) -> "Architecture":
-        """With the first two layers alone."""
+        """With the first two layers alone; as it is where layers read the keys of others."""
+        if self.fields.get("num_kv_shared_layers"):
+            return self
         fields: dict[str, Any] = {name: 2 if name in _DEPTHS else value for name, value in self.fields.items()}
         fields |= {name: fields[name][:2] for name in ("layer_types", "mlp_layer_types") if name in fields}
         return replace(self, fields=fields)

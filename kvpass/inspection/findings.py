@@ -61,6 +61,7 @@ def _layer(program: KVProgram, site: AttentionSite, found: LayerTaps) -> LayerFi
         f"soft-cap {site.softcap}": site.softcap is not None,
         "sinks": site.sinks is not None,
         "ALiBi": site.slopes is not None,
+        f"keys of layer {site.holder}": not site.holds_cache,
         f"scale {site.scale:g}": abs(site.scale - float(key_size) ** -0.5) > 1e-6,
     }
     missing = {name: str(found.missing[name]) for name in TAP_NAMES if name in found.missing}

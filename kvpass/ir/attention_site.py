@@ -20,6 +20,7 @@ class SiteMark:
     """What `locate-attention` writes into `node.meta["site"]` of an attention node."""
 
     layer: int
+    holder: int
     path: str
     mask: Causal
 
@@ -29,6 +30,7 @@ class AttentionSite:
     """One located attention. Derived anew from the graph after every change, never carried across one."""
 
     layer: int
+    holder: int  # the layer whose cache has the keys and values: an earlier one if that has the same
     path: str  # module path, e.g. model.layers.3.self_attn
     mask: Causal  # which tokens a token sees
     node: Node  # the attention node, [B, H, S, D]
@@ -49,12 +51,22 @@ class AttentionSite:
     @property
     def tracks_positions(self) -> bool:
         """Whether the cache must say where in the text an entry was: scores depend on it, and entries are dropped."""
-        return self.slopes is not None and self.pressable
+        return self.slopes is not None and not self.bounded
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it is a layer of windows or chunks, which keeps what it can see."""
+        return self.mask.reach is not None
+
+    @property
+    def holds_cache(self) -> bool:
+        """Whether keys and values are in a cache of its own."""
+        return self.holder == self.layer
 
     @property
     def pressable(self) -> bool:
-        """Layers of windows or chunks are bounded already and keep what they can see."""
-        return self.mask.reach is None
+        """Whether a press can drop something; keys that layers share are pressed in the first of them."""
+        return self.holds_cache and not self.bounded
 
     def shape(self, tap: Node) -> tuple[Size, ...]:
         return tuple(tap.meta["val"].shape)
@@ -87,6 +99,7 @@ def _site(node: Node, mark: SiteMark) -> AttentionSite:
     head_size = queries.meta["val"].shape[-1]
     return AttentionSite(
         layer=mark.layer,
+        holder=mark.holder,
         path=mark.path,
         mask=mark.mask,
         node=node,

@@ -75,16 +75,16 @@ def attend_cache(site: AttentionSite) -> Callable[..., Tensor]:
 
     `extra` is what the site reads beside them, then positions [B, Hkv, C] and position_ids [B, S] if it tracks these.
     """
-    layer, mask = site.layer, site.mask
+    holder, mask = site.holder, site.mask
 
     def run(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *extra: Tensor) -> Tensor:
-        number = (lengths[layer][:, None] + torch.arange(q.shape[2], device=q.device))[:, :, None]  # [B, S, 1]
+        number = (lengths[holder][:, None] + torch.arange(q.shape[2], device=q.device))[:, :, None]  # [B, S, 1]
         named = _named(site, extra)
         if mask.reach is None:
             held = torch.arange(keys.shape[2], device=q.device)
             seen = mask.allowed(number, held)
         else:
-            held = ring_positions(lengths[layer], keys.shape[2], mask.reach)[:, None]
+            held = ring_positions(lengths[holder], keys.shape[2], mask.reach)[:, None]
             seen = mask.allowed(number, held) & (held >= 0)
         if "positions" in named:
             distance = named["positions"][:, :, None] - named["position_ids"][:, None, :, None]
@@ -95,41 +95,45 @@ def attend_cache(site: AttentionSite) -> Callable[..., Tensor]:
     return run
 
 
-def extend_ring(site: AttentionSite) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Attention over a ring and S new tokens, which push one another out of it, and the ring behind them.
+def join_ring(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> Pair:
+    """What a ring holds and what pushes it out, one behind the other."""
+    return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
 
-    `new_tokens` i64[B] says how many of the S are meant. Every slot then holds the last token that belongs there.
-    """
-    layer, mask = site.layer, site.mask
+
+def attend_joined(site: AttentionSite) -> Callable[..., Tensor]:
+    """Attention of S new tokens over what `join_ring` made, keys and values [B, Hkv, C + S, D]."""
+    holder, mask = site.holder, site.mask
     assert mask.reach is not None
     reach = mask.reach
 
-    def run(
-        q: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor,
-        new_tokens: Tensor,
-        *extra: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        before = lengths[layer]
-        number = before[:, None] + torch.arange(q.shape[2], device=q.device)
-        held = torch.cat([ring_positions(before - 1, keys.shape[2], reach), number], dim=1)[:, None]
+    def run(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *extra: Tensor) -> Tensor:
+        before, tokens = lengths[holder], q.shape[2]
+        number = before[:, None] + torch.arange(tokens, device=q.device)
+        held = torch.cat([ring_positions(before - 1, keys.shape[2] - tokens, reach), number], dim=1)[:, None]
         seen = mask.allowed(number[:, :, None], held) & (held >= 0)
         distance = (held - number[:, :, None])[:, None]
-        both = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-        out = _grouped(site, q, *both, seen, distance, _named(site, extra))
-        token = ring_positions(before + new_tokens - 1, keys.shape[2], reach) - before[:, None]  # among the new ones
-        is_new = (token >= 0)[:, None, :, None]
-        index = token.clamp(min=0)[:, None, :, None]
+        return _grouped(site, q, keys, values, seen, distance, _named(site, extra))
 
-        def updated(cache: Tensor, new: Tensor) -> Tensor:
-            chosen = new.gather(2, index.expand(-1, new.shape[1], -1, new.shape[3]))
-            return store_prefix(cache, torch.where(is_new, chosen, cache))
+    return run
 
-        return out, updated(keys, k), updated(values, v)
+
+def update_ring(site: AttentionSite) -> Callable[..., Pair]:
+    """Put into every slot of a ring the last token that belongs there, out of what `join_ring` made.
+
+    `new_tokens` i64[B] says how many of the S new ones are meant.
+    """
+    layer, reach = site.layer, site.mask.reach
+    assert reach is not None
+
+    def run(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, lengths: Tensor, new_tokens: Tensor) -> Pair:
+        before, slots = lengths[layer], keys.shape[2]
+        token = ring_positions(before + new_tokens - 1, slots, reach) - before[:, None]  # negative: an old one
+        index = torch.where(token >= 0, token + slots, torch.arange(slots, device=token.device))[:, None, :, None]
+
+        def updated(cache: Tensor, joined: Tensor) -> Tensor:
+            return store_prefix(cache, joined.gather(2, index.expand(-1, cache.shape[1], -1, cache.shape[3])))
+
+        return updated(keys, k), updated(values, v)
 
     return run
 

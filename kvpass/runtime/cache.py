@@ -41,7 +41,7 @@ class CompressedCache(Cache):
 
     def buffers(self, layer: int) -> tuple[Tensor, ...]:
         """The storage of a layer, free slots included: keys, values [B, Hkv, C, D], perhaps positions i64[B, Hkv, C]"""
-        return self._buffers[layer]
+        return self._buffers[self.layout.holder(layer)]
 
     def allocate(self, batch: int, entries: Sequence[int]) -> None:
         """Room for a fresh prefill that leaves at most `entries[layer]` in each row of a layer."""
@@ -78,7 +78,8 @@ class CompressedCache(Cache):
 
     def _trim(self) -> None:
         """Give back the room of what was decided to be dropped, where it is worth a copy."""
-        for index, layer in enumerate(self.layout.layers):
+        for index in self.layout.holders:
+            layer = self.layout.layers[index]
             if self.layout.capacity is not None or layer.ring is not None:
                 continue
             used, kept = self.kept(index), self._kept[index]
@@ -90,7 +91,8 @@ class CompressedCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Make sure that `tokens` more entries fit; grows in steps, so that growth is rare."""
-        for index, layer in enumerate(self.layout.layers):
+        for index in self.layout.holders:
+            layer = self.layout.layers[index]
             need = max(self._entries(index)) + tokens
             slots = self._buffers[index][0].shape[2]
             if need > slots and slots != layer.ring:
@@ -132,7 +134,7 @@ class CompressedCache(Cache):
 
     def _entries(self, layer: int) -> list[int]:
         """How many entries each row has in use; of a ring, how many it has seen."""
-        context = self._context
+        context, layer = self._context, self.layout.holder(layer)
         rows = zip(context.entries[layer], self._extent.seen, context.extent.seen, strict=True)
         return [entries + seen - before for entries, seen, before in rows]
 
@@ -172,6 +174,7 @@ class CompressedCache(Cache):
         return self._occupied(layer, 1)
 
     def _occupied(self, layer: int, which: int) -> Tensor:
+        layer = self.layout.holder(layer)
         ring, buffer = self.layout.layers[layer].ring, self._buffers[layer][which]
         if ring is None or self.seen_tokens <= ring:
             return buffer[:, :, : self.kept(layer)]
@@ -180,6 +183,7 @@ class CompressedCache(Cache):
 
     def positions(self, layer: int) -> Tensor:
         """Which token of the text each entry was; -1 behind the end of a row that holds fewer. i64[B, Hkv, n]"""
+        layer = self.layout.holder(layer)
         batch, heads, n = (
             self.lengths.shape[1] if self._buffers else 0,
             self.layout.layers[layer].heads,

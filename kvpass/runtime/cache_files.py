@@ -14,7 +14,7 @@ from kvpass.errors import CacheError
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.layout import CacheLayout, Context, Extent, LayerLayout
 
-FORMAT = "kvpass-cache-4"
+FORMAT = "kvpass-cache-5"
 NAMES = ("keys", "values", "positions")  # of a layer's buffers
 
 
@@ -23,7 +23,7 @@ def save_cache(cache: CompressedCache, path: str | Path) -> None:
     if cache.batch_size is None:
         raise CacheError("an empty cache cannot be saved; prefill it first")
     tensors: dict[str, Tensor] = {}
-    for layer in range(len(cache)):
+    for layer in cache.layout.holders:
         for name, buffer in zip(NAMES, cache.buffers(layer), strict=False):
             tensors[f"{name}.{layer}"] = buffer[:, :, : cache.kept(layer)].contiguous()
         kept = cache._kept[layer]
@@ -55,11 +55,11 @@ def load_cache(path: str | Path, device: torch.device | str) -> CompressedCache:
     layers = tuple(LayerLayout(**layer) for layer in state["layout"]["layers"])
     layout = CacheLayout(layers, state["layout"]["model_id"], state["layout"]["capacity"])
     cache = CompressedCache(layout, device)
-    entries = [tensors[f"keys.{i}"].shape[2] for i in range(len(cache))]
+    entries = [tensors[f"keys.{layout.holder(i)}"].shape[2] for i in range(len(cache))]
     cache.allocate(tensors["keys.0"].shape[0], entries)
-    for layer, used in enumerate(entries):
+    for layer in layout.holders:
         for name, buffer in zip(NAMES, cache.buffers(layer), strict=False):
-            buffer[:, :, :used] = tensors[f"{name}.{layer}"]
+            buffer[:, :, : entries[layer]] = tensors[f"{name}.{layer}"]
     cache.begin(_context(state["context"]), [tensors.get(f"kept.{i}") for i in range(len(cache))])
     cache._extent = _extent(state["extent"])
     rings = {int(name.partition(".")[2]) for name in tensors if name.startswith("ring_keys.")}

@@ -122,11 +122,12 @@ class Execution:
         if press is not None and not fits:
             log.info("a prompt of %d tokens is kept whole: %s needs %d", tokens, press.name, press.min_tokens)
         chosen = press.for_prompt(prompts[0]) if press is not None and phase is Phase.PREFILL else None
-        entries = tuple(
+        entries = [
             chosen.sizes(prompt).get("budget", tokens) if chosen and layer.pressed else tokens
             for prompt, layer in zip(prompts, self.layout.layers, strict=True)
-        )
-        return _Plan(rows, phase, chosen, prompts, entries)
+        ]
+        held = tuple(entries[self.layout.holder(layer)] for layer in range(len(entries)))
+        return _Plan(rows, phase, chosen, prompts, held)
 
     def _numbers(self, graph: PhaseGraph, plan: _Plan) -> dict[str, Tensor]:
         """Sizes and scalars that the press counts on the host."""

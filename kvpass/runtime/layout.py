@@ -23,9 +23,12 @@ class LayerLayout:
     pressed: bool
     ring: int | None = None  # slots of a layer of windows or chunks: token p lies in slot p % ring
     tracks_positions: bool = False  # whether its graph reads where in the text an entry was (ALiBi)
+    reads: int | None = None  # the layer whose keys and values it reads; it stores none then
 
     def buffers(self, batch: int, capacity: int, device: torch.device) -> tuple[Tensor, ...]:
         """Empty storage: keys and values [B, Hkv, C, D], and positions i64[B, Hkv, C] if it tracks them."""
+        if self.reads is not None:
+            return ()
         slots = (batch, self.heads, capacity)
         dtype = getattr(torch, self.dtype)
         found = [torch.zeros(*slots, size, dtype=dtype, device=device) for size in (self.key_size, self.value_size)]
@@ -41,6 +44,16 @@ class CacheLayout:
     layers: tuple[LayerLayout, ...]
     model_id: str
     capacity: int | None = None  # slots per layer that are never exceeded; None: grows as needed
+
+    def holder(self, layer: int) -> int:
+        """The layer that stores what this one reads: itself, or the one whose keys it shares."""
+        reads = self.layers[layer].reads
+        return layer if reads is None else reads
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """The layers that store something."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.reads is None)
 
     def slots(self, layer: LayerLayout, entries: int) -> int:
         """How many slots to allocate where `entries` are needed. Raises `CacheError` beyond the fixed capacity."""

@@ -138,7 +138,7 @@ def _run(model: PreTrainedModel, captured: kvpass.CapturedModel, press: str, tex
         said += [_read(compiled, cache, part) for part in ids[:, prompt:].split([QUESTION, *[1] * STEPS], dim=1)]
 
         # Layers with a window hide what they have lost by their own mask.
-        pressed = [site.pressable and name is not None for site in sites]
+        pressed = [not site.bounded and name is not None for site in sites]
         hidden = [hidden_from(p, prompt) if is_pressed else None for p, is_pressed in zip(kept, pressed, strict=True)]
         expected = logits_without(model, ids, hidden)
         worst = max(worst, _compare(f"{prompt} tokens", torch.cat(said, 1), expected[:, prompt - 1 :]))
@@ -180,7 +180,7 @@ def _check_positions(press: str, site: AttentionSite, positions: Tensor, prompt:
     if bool((positions.diff(dim=-1) <= 0).any()) or int(positions.min()) < 0 or int(positions.max()) >= prompt:
         raise Mismatch(f"{where}: positions are not ascending within the prompt")
     found, text = positions.shape[-1], torch.arange(prompt)
-    if not site.pressable:  # the whole prompt, or the part of it that later tokens can see
+    if site.bounded:  # the whole prompt, or the part of it that later tokens can see
         if bool((positions != text[prompt - found :]).any()):
             raise Mismatch(f"{where}: a layer with a window lost tokens inside of it")
         return

@@ -14,6 +14,7 @@ FORMS = {
     "qwen3_moe": "knorm",  # norm per head, experts
     "mixtral": "snapkv",  # experts
     "deepseek_v3": "knorm",  # MLA
+    "gemma3n_text": "snapkv",  # keys that layers share, of windows and of the whole text
     "gemma4_text": "expected_attention",  # head sizes differ between layers, RoPE before heads and tokens change places
 }
 
