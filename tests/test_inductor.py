@@ -110,3 +110,30 @@ def test_any_backend_of_torch_compile(models: tuple[kvpass.CompiledModel, kvpass
     torch.testing.assert_close(named.prefill(ids).logits, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(RuntimeError, match="Unrecognized mode=fastest"):
         kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, mode="fastest").prefill(ids)
+
+
+def test_a_budget_as_long_as_the_prompt() -> None:
+    """Sizes that are equal by accident are told apart in an order that is possible: kept, read, stored."""
+    press = "per_layer(knorm, compression_ratios=(0.0, 0.5))"
+    models = [kvpass.compile(captured_model("llama"), press, backend=backend) for backend in ("inductor", "eager")]
+    found, expected = (model.prefill(token_ids(1, 90)) for model in models)
+    assert [found.past_key_values.kept(layer) for layer in range(2)] == [90, 45]
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_is_read_without_looking_at_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between growths of the cache nothing is asked of its layers, and no input is looked up again."""
+    model = kvpass.compile(captured_model("gemma3_text"), "knorm", ratio=0.5, backend="inductor")
+    cache = model.prefill(token_ids(1, 90)).past_key_values
+    for _ in range(2):
+        model(input_ids=token_ids(1, 1), past_key_values=cache)
+
+    def asked(*arguments: object) -> object:
+        raise AssertionError(f"asked for {arguments}")
+
+    for name in ("_entries", "buffers", "_resize"):
+        monkeypatch.setattr(kvpass.CompressedCache, name, asked)
+    monkeypatch.setattr(RegionalGraph, "_for_shapes", asked)
+    for _ in range(20):
+        model(input_ids=token_ids(1, 1), past_key_values=cache)
+    assert cache.seen_tokens == 112

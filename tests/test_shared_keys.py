@@ -9,10 +9,12 @@ from models import token_ids
 from torch import Tensor
 
 import kvpass
+from kvpass.backends.regions import cut_regions
 from kvpass.errors import PressError, VerificationError
 from kvpass.inspection.findings import findings_of
 from kvpass.ir.form import Phase
 from kvpass.ir.masks import Causal, Sliding
+from kvpass.ir.program import Role
 from kvpass.pass_manager import PassManager
 from kvpass.passes.insert_kv_cache import InsertKVCache
 from kvpass.passes.specialize_phase import SpecializePhase
@@ -133,6 +135,16 @@ def test_going_back_copying_and_files(tmp_path: Path) -> None:
         cache.copy().rewind(),
     ):
         torch.testing.assert_close(model(input_ids=question, past_key_values=again).logits, expected)
+
+
+def test_a_region_reads_the_cache_that_another_one_wrote() -> None:
+    """And not a result of that region, which would be a copy."""
+    program = sharing().graph(Phase.DECODE)
+    regions = cut_regions(program).regions
+    writers = [i for i, region in enumerate(regions) if "index_put_" in str(region.module.graph)]
+    readers = [i for i, region in enumerate(regions) if program.input_node(Role.KEYS, 1) in region.reads]
+    assert len(readers) > len(writers[1:]) == 1
+    assert not [leaf.name for region in regions for leaf in region.leaves if "_out" in leaf.name]
 
 
 def test_layers_without_keys_of_their_own_cannot_be_chosen() -> None:

@@ -1,22 +1,24 @@
 """Compile a phase graph with inductor, region by region: what is equal in many layers is compiled once."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 
 from kvpass.backends.onednn import multiply_with_onednn
-from kvpass.backends.regions import Region, cut_regions
-from kvpass.ir.program import KVProgram
-from kvpass.ir.subgraph import call
+from kvpass.backends.regions import Region, Regions, cut_regions
+from kvpass.ir.program import STORED, KVProgram, Role
 from kvpass.ir.symbols import Size, SymbolicShapes, expression
 
-REMEMBERED = 256  # combinations of sizes whose steps are kept at hand
+REMEMBERED = 256  # combinations of sizes whose code is kept at hand
+_shape_of = operator.attrgetter("shape")
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
@@ -38,201 +40,198 @@ class Kind:
         shape, stride = ([expression(size) for size in sizes] for sizes in (tensor.shape, tensor.stride()))
         return cls(tuple(shape), tuple(stride), tensor.dtype, tensor.device)
 
+    @classmethod
+    def contiguous(cls, tensor: Tensor) -> "Kind":
+        shape = tuple(expression(size) for size in tensor.shape)
+        stride = tuple(sympy.Mul(*shape[axis + 1 :]) for axis in range(len(shape)))
+        return cls(shape, stride, tensor.dtype, tensor.device)
+
     def replaced(self, symbols: Mapping[Any, Any]) -> "Kind":
         shape, stride = (tuple(size.xreplace(symbols) for size in sizes) for sizes in (self.shape, self.stride))
         return Kind(shape, stride, self.dtype, self.device)
 
+    def fake(self, shapes: SymbolicShapes) -> Tensor:
+        def made(expr: Any) -> Size:
+            return int(expr) if expr.is_Integer else shapes.shape_env.create_symintnode(expr, hint=None)
+
+        with shapes.fake_mode:
+            shape, stride = ([made(size) for size in sizes] for sizes in (self.shape, self.stride))
+            return torch.empty_strided(shape, stride, dtype=self.dtype, device=self.device)
+
 
 @dataclass(frozen=True)
-class Version:
-    """The compiled code of a region, good for sizes that `guards` allow."""
+class Piece:
+    """A compiled region, good for sizes that `guards` allow, which call them n0, n1, ..."""
 
-    run: Any
+    run: Callable[..., Sequence[Tensor]]
     guards: tuple[Any, ...]
-    symbols: tuple[Any, ...]
 
     def allows(self, sizes: Sequence[int]) -> bool:
-        values = {s: sympy.Integer(n) for s, n in zip(self.symbols, sizes, strict=True) if s.is_Symbol}
+        values = {name: sympy.Integer(size) for name, size in zip(_names(sizes), sizes, strict=True)}
         return all(bool(guard.xreplace(values)) for guard in self.guards)
 
 
-@dataclass
-class Code:
-    """All that is compiled for regions of one text and kinds of inputs; sizes of 0 and 1 are constants in it."""
-
-    module: torch.fx.GraphModule
-    kinds: tuple[Kind, ...]
-    versions: list[Version]
-    outputs: tuple[Kind, ...] = ()
-
-    def version(self, sizes: Sequence[int], options: Mapping[str, Any]) -> Version:
-        """The code for these sizes, compiled if none is there."""
-        for version in self.versions:
-            if version.allows(sizes):
-                return version
-        # Sizes that are equal by accident are compiled as different ones, if the code can be used for both.
-        for hints in (_distinct(sizes), sizes):
-            self.versions.append(self._compiled(hints, options))
-            if self.versions[-1].allows(sizes):
-                return self.versions[-1]
-        raise AssertionError(f"what inductor compiled for the sizes {sizes} does not allow them")
-
-    def _compiled(self, hints: Sequence[int], options: Mapping[str, Any]) -> Version:
-        shapes = SymbolicShapes()
-        symints: list[Size] = [hint if hint < 2 else shapes.dim(f"z{i}", hint=hint) for i, hint in enumerate(hints)]
-        local = {sympy.Symbol(f"z{i}"): expression(size) for i, size in enumerate(symints)}
-        inputs = [_fake(kind.replaced(local), shapes) for kind in self.kinds]
-        if not self.outputs:
-            with shapes.computing():
-                left = self.module(*symints, *inputs)
-            back = {value: name for name, value in local.items() if value.is_Symbol}
-            self.outputs = tuple(Kind.of(tensor).replaced(back) for tensor in left)
-        module = copy.deepcopy(self.module)
-        if all(kind.device.type == "cpu" for kind in self.kinds):
-            names = [node.name for node in module.graph.nodes if node.op == "placeholder"][len(hints) :]
-            multiply_with_onednn(module.graph, {name: k.dtype for name, k in zip(names, self.kinds, strict=True)})
-            module.recompile()
-        with torch.no_grad():
-            run = torch._inductor.compile(module, [*symints, *inputs], dict(options))
-        return Version(run, tuple(guard.expr for guard in shapes.shape_env.guards), tuple(local.values()))
-
-
-def _distinct(sizes: Sequence[int]) -> list[int]:
-    """The same sizes, those that were there before made larger."""
-    found: list[int] = []
-    for size in sizes:
-        while size > 1 and size in found:
-            size += 1
-        found.append(size)
-    return found
-
-
-def _fake(kind: Kind, shapes: SymbolicShapes) -> Tensor:
-    def made(expr: Any) -> Size:
-        return int(expr) if expr.is_Integer else shapes.shape_env.create_symintnode(expr, hint=None)
-
-    with shapes.fake_mode:
-        shape, stride = ([made(size) for size in sizes] for sizes in (kind.shape, kind.stride))
-        return torch.empty_strided(shape, stride, dtype=kind.dtype, device=kind.device)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One region in its turn: `arguments` with the weights in it, the others come from slots."""
-
-    arguments: tuple[Any, ...]
-    reads: tuple[tuple[int, int], ...]  # (place among the arguments, slot)
-    run: Any
-    leaves: tuple[int, ...]  # slots
-    last_read: tuple[int, ...]  # slots that nobody reads behind this step
-
-
 class RegionalGraph:
-    """One phase graph as a sequence of compiled regions.
+    """One phase graph as straight-line code that calls compiled regions; regions that are equal share what is compiled.
 
-    What was compiled is chosen by the sizes of the inputs, and checked against the guards of the compilation when sizes
-    are new; strides are checked by the compiled code.
+    dynamo has no part in it: which code runs is decided by the sizes of the inputs, and checked against the guards of
+    the compilations when sizes are new; strides are checked by the compiled code. Sizes of 0 and 1 are constants in it.
     """
 
     def __init__(self, program: KVProgram, options: Mapping[str, Any]) -> None:
-        cut = cut_regions(program)
-        self.program, self.regions, self.options = program, cut.regions, options
-        self.codes: dict[object, Code] = {}
+        self.program, self.options, self.cut = program, options, cut_regions(program)
         self._inputs = list(program.placeholders())
-        self._views = cut.views
-        self._slots = {node: slot for slot, node in enumerate([*self._inputs, *cut.views])}
-        for region in cut.regions:
-            for leaf in region.leaves:
-                self._slots[leaf] = len(self._slots)
-        self._outputs = [self._slots[node] for node in program.output_node().args[0]]  # type: ignore[union-attr,index]
-        self._where: dict[Any, tuple[int, int]] = {}  # input and axis that have a size
-        for i, node in enumerate(self._inputs):
+        reads = dict.fromkeys(node for region in self.cut.regions for node in region.reads if node.op == "get_attr")
+        self._weights = {node: program.attribute(node) for node in reads}
+        self._where: dict[Any, tuple[int, int]] = {}  # input and axis that have a size; what is kept, read, stored
+        rank = {Role.SIZE: 0} | dict.fromkeys(STORED, 2)
+        for i, node in sorted(enumerate(self._inputs), key=lambda pair: rank.get(program.inputs[pair[0]].role, 1)):
             for axis, size in enumerate(node.meta["val"].shape):
                 if isinstance(size, SymInt) and size.node.expr.is_Symbol:
                     self._where.setdefault(size.node.expr, (i, axis))
-        self._plans: dict[tuple[int | None, ...], list[Code]] = {}
-        self._ready: dict[tuple[int, ...], list[Step]] = {}
+        self._pieces: dict[object, list[Piece]] = {}  # by the text of a region and the kinds that it reads
+        self._leaves: dict[object, tuple[Kind, ...]] = {}  # what kinds it leaves, its sizes being n0, n1, ...
+        self._joined: dict[tuple[int, ...], Callable[..., tuple[Tensor, ...]]] = {}  # by the pieces in their order
+        self._ready: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}
 
     @property
     def compiled(self) -> int:
         """How many pieces of code were compiled so far."""
-        return sum(len(code.versions) for code in self.codes.values())
+        return sum(map(len, self._pieces.values()))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        sizes = tuple(inputs[i].shape[axis] for i, axis in self._where.values())
-        steps = self._ready.get(sizes)
-        if steps is None:
+        shapes = tuple(map(_shape_of, inputs))
+        if shapes not in self._ready:
             if len(self._ready) == REMEMBERED:
                 self._ready.clear()
-            steps = self._ready[sizes] = self._prepared(dict(zip(self._where, sizes, strict=True)))
-        values: list[Any] = [*inputs, *[None] * (len(self._slots) - len(inputs))]
-        for node in self._views:
-            values[self._slots[node]] = call(node, lambda source: values[self._slots[source]])
-        for step in steps:
-            arguments = list(step.arguments)
-            for place, slot in step.reads:
-                arguments[place] = values[slot]
-            left = step.run(*arguments)
-            for slot in step.last_read:
-                values[slot] = None
-            for slot, value in zip(step.leaves, left, strict=True):
-                values[slot] = value
-        return tuple(values[slot] for slot in self._outputs)
+            self._ready[shapes] = self._for_shapes(shapes)
+        return self._ready[shapes](*inputs)
 
-    def _prepared(self, sizes: Mapping[Any, int]) -> list[Step]:
-        """The regions with code for these sizes."""
-        fixed = tuple(size if size < 2 else None for size in sizes.values())
-        if fixed not in self._plans:
-            self._plans[fixed] = self._planned(sizes)
-        last = {slot: i for i, region in enumerate(self.regions) for slot in self._read_slots(region)}
-        steps = []
-        for i, (region, code) in enumerate(zip(self.regions, self._plans[fixed], strict=True)):
-            own = [sizes[symbol] for symbol in region.sizes]
-            weights = [self.program.attribute(node) if node.op == "get_attr" else None for node in region.reads]
-            places = {place: node for place, node in enumerate(region.reads, len(own)) if node in self._slots}
-            steps.append(
-                Step(
-                    (*own, *weights),
-                    tuple((place, self._slots[node]) for place, node in places.items()),
-                    code.version(own, self.options).run,
-                    tuple(self._slots[leaf] for leaf in region.leaves),
-                    tuple(slot for slot, step in last.items() if step == i and slot not in self._outputs),
-                )
-            )
-        return steps
+    def _for_shapes(self, shapes: Sequence[torch.Size]) -> Callable[..., tuple[Tensor, ...]]:
+        sizes = {symbol: shapes[i][axis] for symbol, (i, axis) in self._where.items()}
+        pieces = self._chosen(sizes)
+        order = tuple(map(id, pieces))
+        if order not in self._joined:
+            self._joined[order] = _joined(self.program, self.cut, list(sizes), list(self._weights), pieces)
+        return partial(self._joined[order], tuple(sizes.values()), tuple(self._weights.values()))
 
-    def _planned(self, sizes: Mapping[Any, int]) -> list[Code]:
-        """The code of each region, by what it reads from those before it; sizes of 0 and 1 are constants."""
+    def _chosen(self, sizes: Mapping[Any, int]) -> list[Piece]:
+        """The code of each region, by the kinds of tensors that it reads from those before it."""
         constant = {symbol: sympy.Integer(size) for symbol, size in sizes.items() if size < 2}
-        kinds = {node: self._contiguous(node).replaced(constant) for node in self._inputs}
-        for node in self._views:
+        kinds = {node: Kind.contiguous(node.meta["val"]).replaced(constant) for node in self._inputs}
+        kinds |= {node: Kind.of(tensor) for node, tensor in self._weights.items()}
+        for node in self.cut.views:
             kinds[node] = _selected(kinds[node.args[0]], node.args[1])  # type: ignore[index,arg-type]
-        codes = []
-        for region in self.regions:
-            codes.append(self._code(region, kinds))
-            codes[-1].version([sizes[symbol] for symbol in region.sizes], self.options)
-            names = {sympy.Symbol(f"z{n}"): constant.get(symbol, symbol) for n, symbol in enumerate(region.sizes)}
-            left = (kind.replaced(names) for kind in codes[-1].outputs)
+        distinct, pieces = _distinct(sizes), []
+        for region in self.cut.regions:
+            names = dict(zip(region.sizes, _names(region.sizes), strict=True))
+            reads = tuple(kinds[node].replaced(names) for node in region.reads)
+            own, hints = ([given[symbol] for symbol in region.sizes] for given in (sizes, distinct))
+            pieces.append(self._piece(region, own, hints, reads))
+            if (region.text, reads) not in self._leaves:
+                self._leaves[region.text, reads] = _left(region, hints, reads)
+            back = {name: constant.get(symbol, symbol) for symbol, name in names.items()}
+            left = (kind.replaced(back) for kind in self._leaves[region.text, reads])
             kinds |= dict(zip(region.leaves, left, strict=True))
-        return codes
+        return pieces
 
-    def _read_slots(self, region: Region) -> list[int]:
-        return [self._slots[node] for node in region.reads if node in self._slots]
+    def _piece(self, region: Region, sizes: list[int], distinct: list[int], reads: tuple[Kind, ...]) -> Piece:
+        """The code of a region for these sizes, compiled if none is there."""
+        known = self._pieces.setdefault((region.text, reads), [])
+        for piece in known:
+            if piece.allows(sizes):
+                return piece
+        # Sizes that are equal by accident are compiled as different ones, if the code can be used for both.
+        for hints in (distinct, sizes):
+            known.append(_compiled(region, hints, reads, self.options))
+            if known[-1].allows(sizes):
+                return known[-1]
+        raise AssertionError(f"what inductor compiled for the sizes {sizes} does not allow them")
 
-    def _code(self, region: Region, kinds: Mapping[Node, Kind]) -> Code:
-        """What is compiled for this region and others like it."""
-        names = {symbol: sympy.Symbol(f"z{n}") for n, symbol in enumerate(region.sizes)}
-        read = tuple(
-            Kind.of(self.program.attribute(node)) if node.op == "get_attr" else kinds[node].replaced(names)
-            for node in region.reads
-        )
-        return self.codes.setdefault((region.text, read), Code(region.module, read, []))
 
-    def _contiguous(self, node: Node) -> Kind:
-        value = node.meta["val"]
-        shape = tuple(expression(size) for size in value.shape)
-        stride = tuple(sympy.Mul(*shape[axis + 1 :]) for axis in range(len(shape)))
-        return Kind(shape, stride, value.dtype, value.device)
+def _left(region: Region, hints: Sequence[int], reads: Sequence[Kind]) -> tuple[Kind, ...]:
+    """What kinds of tensors a region leaves."""
+    inputs = _Inputs.of(hints, reads)
+    with inputs.shapes.computing():
+        return tuple(Kind.of(tensor).replaced(inputs.names) for tensor in region.module(*inputs.values))
+
+
+def _compiled(region: Region, hints: Sequence[int], reads: Sequence[Kind], options: Mapping[str, Any]) -> Piece:
+    inputs = _Inputs.of(hints, reads)
+    module = copy.deepcopy(region.module)
+    if all(kind.device.type == "cpu" for kind in reads):
+        names = [node.name for node in module.graph.nodes if node.op == "placeholder"][len(hints) :]
+        multiply_with_onednn(module.graph, {name: kind.dtype for name, kind in zip(names, reads, strict=True)})
+        module.recompile()
+    with torch.no_grad():
+        run = torch._inductor.compile(module, list(inputs.values), dict(options))
+    return Piece(run, tuple(guard.expr.xreplace(inputs.names) for guard in inputs.shapes.shape_env.guards))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Symbolic inputs of a region: `values` are sizes, then tensors; `names` says n0, n1, ... for torch's symbols."""
+
+    shapes: SymbolicShapes
+    values: tuple[Any, ...]
+    names: Mapping[Any, Any]
+
+    @classmethod
+    def of(cls, hints: Sequence[int], reads: Sequence[Kind]) -> "_Inputs":
+        shapes = SymbolicShapes()
+        sizes: list[Size] = [hint if hint < 2 else shapes.dim(f"n{i}", hint=hint) for i, hint in enumerate(hints)]
+        there = dict(zip(_names(hints), map(expression, sizes), strict=True))
+        tensors = [kind.replaced(there).fake(shapes) for kind in reads]
+        return cls(shapes, (*sizes, *tensors), {value: name for name, value in there.items() if value.is_Symbol})
+
+
+def _joined(
+    program: KVProgram, cut: Regions, sizes: Sequence[Any], weights: Sequence[Node], pieces: Sequence[Piece]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Python code of one call after the other, which forgets what nobody will read.
+
+    It takes numbers for the sizes, the weights, then what the program takes.
+    """
+    graph = Graph()
+    numbers, tensors = graph.placeholder("sizes"), graph.placeholder("weights")
+    new = {node: graph.placeholder(str(node.target)) for node in program.placeholders()}
+    own: dict[Any, Node] = {
+        symbol: graph.call_function(operator.getitem, (numbers, i)) for i, symbol in enumerate(sizes)
+    }
+    new |= {node: graph.call_function(operator.getitem, (tensors, i)) for i, node in enumerate(weights)}
+    for node in cut.views:
+        new[node] = graph.node_copy(node, new.__getitem__)
+    for i, (region, piece) in enumerate(zip(cut.regions, pieces, strict=True)):
+        inputs = [*(own[symbol] for symbol in region.sizes), *(new[node] for node in region.reads)]
+        called = graph.call_function(_named(piece.run, f"region_{i}"), tuple(inputs))
+        for place, leaf in enumerate(region.leaves):
+            new[leaf] = graph.call_function(operator.getitem, (called, place))
+    graph.output(tuple(new[node] for node in program.output_node().args[0]))  # type: ignore[union-attr,index]
+    return GraphModule({}, graph).forward
+
+
+def _named(run: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function as fx can write it."""
+
+    def region(*inputs: Any) -> Any:
+        return run(*inputs)
+
+    region.__name__ = region.__qualname__ = name
+    return region
+
+
+def _names(sizes: Sequence[Any]) -> list[Any]:
+    return [sympy.Symbol(f"n{i}") for i in range(len(sizes))]
+
+
+def _distinct(sizes: Mapping[Any, int]) -> dict[Any, int]:
+    """The same sizes, those that were there before made larger."""
+    found: dict[Any, int] = {}
+    for symbol, size in sizes.items():
+        while size > 1 and size in found.values():
+            size += 1
+        found[symbol] = size
+    return found
 
 
 def _selected(kind: Kind, axis: int) -> Kind:

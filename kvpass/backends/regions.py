@@ -14,12 +14,13 @@ from torch.fx.node import map_arg
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from kvpass.ir.program import KVProgram, Role
+from kvpass.ir.program import KVProgram, Origin, Role
 from kvpass.ir.subgraph import nodes_between
 from kvpass.ir.symbols import SYMBOLIC, expression, symbols_in
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
+PARTING = 2**31
 FACTORIES = frozenset(
     [
         aten.arange.default,
@@ -112,30 +113,41 @@ class _Cutter:
         lengths = sorted({last - first for first, last in itertools.pairwise(inner)})
         # What stands before the first layer and behind the last one: where a piece as long as another layer equals it.
         leads = sorted({place - cut for place, cut in zip(places[1:], inner, strict=True)})
-        starts = [places[0] - lead for lead in leads if places[0] > lead]
+        starts = [i for i in (places[0] - lead for lead in leads) if i > 0 and alive[i] < PARTING]
         head = [i for i in starts if self.region(i, inner[0]).text in texts][:1]
-        ends = [inner[-1] + length for length in lengths if inner[-1] + length < len(self.body)]
+        ends = [i for i in (inner[-1] + length for length in lengths) if i < len(self.body) and alive[i] < PARTING]
         tail = [i for i in ends if self.region(inner[-1], i).text in texts][:1]
         return [0, *head, *inner, *tail, len(self.body)]
 
     def _layers(self) -> list[int]:
-        """Where each layer writes its keys."""
-        names = {port.name for port in self.program.inputs if port.role is Role.KEYS}
-        caches = [node for node in self.program.placeholders() if node.target in names]
-        return sorted(min(self.index[user] for user in node.users if user in self.index) for node in caches)
+        """Where each layer writes its keys; where it attends, if it reads those of another one."""
+        ports = {port.name: port.layer for port in self.program.inputs if port.role is Role.KEYS}
+        caches = [node for node in self.program.placeholders() if node.target in ports]
+        places = [min(self.index[user] for user in node.users if user in self.index) for node in caches]
+        others: dict[int, int] = {}
+        for i, node in enumerate(self.body):
+            made, site = node.meta.get("kvpass"), node.meta.get("site")
+            layer = made.layer if isinstance(made, Origin) else site and site.layer
+            if layer is not None and layer not in ports.values():
+                others.setdefault(layer, i)
+        return sorted([*places, *others.values()])
 
     def _alive(self) -> list[int]:
-        """How many values are computed before an index of the body and read behind it, by the index."""
+        """How many values are computed before an index of the body and read behind it, by the index.
+
+        PARTING, where a cut would part an operator from one of its results.
+        """
         changes = [0] * (len(self.body) + 2)
         for i, node in enumerate(self.body):
             readers = [self.index[user] for user in node.users if user in self.index]
-            if readers:
+            if readers and not _writes(node):
                 changes[i + 1] += 1
                 changes[max(readers) + 1] -= 1
         alive = list(itertools.accumulate(changes))
         for i, node in enumerate(self.body):
-            if node.target is operator.getitem:  # one of several results stays with the operator
-                alive[i] = len(self.body)
+            if node.target is operator.getitem:
+                operation = self.index[node.args[0]]
+                alive[operation + 1 : i + 1] = [PARTING] * (i - operation)
         return alive
 
     # -- a piece -----------------------------------------------------------------------------------------------
@@ -154,16 +166,17 @@ class _Writer:
         self.graph = Graph()
         self.held: dict[str, Any] = {}
         self.new: dict[Node, Node] = {}
+        self.inside = set(nodes)
         self.reads: list[Node] = []
         self.sizes: dict[Any, Node] = {}
 
     def region(self) -> Region:
-        inside = set(self.nodes)
-        self._declare(inside)
+        self._declare()
         for node in self._attention_first():
             self._copy(node)
-        at_home = inside | self.anywhere  # what only measures a tensor reads nothing of it
-        leaves = tuple(node for node in self.nodes if any(user not in at_home for user in node.users))
+        at_home = self.inside | self.anywhere  # what only measures a tensor reads nothing of it
+        read = (node for node in self.nodes if any(user not in at_home for user in node.users))
+        leaves = tuple(node for node in read if not _writes(node))
         self.graph.output(tuple(self.new[node] for node in leaves))
         module = GraphModule(self.held, self.graph)
         return Region(module, tuple(self.sizes), tuple(self.reads), leaves, self._text())
@@ -178,15 +191,21 @@ class _Writer:
             return list(self.nodes)
         return [*(n for n in self.nodes if n in early), *(n for n in self.nodes if n not in early)]
 
-    def _declare(self, inside: set[Node]) -> None:
+    def _source(self, node: Node) -> Node:
+        """What a region reads for a node: where another region has written, the tensor that it wrote to."""
+        while node not in self.inside and _writes(node):
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def _declare(self) -> None:
         """Placeholders for the sizes and for the tensors that come from elsewhere, in the order of their first use."""
         needed: dict[Node, None] = {}
         work = list(reversed(self.nodes))
         seen: set[Node] = set()
         while work:
             node = work.pop()
-            for source in node.all_input_nodes:
-                if source in inside or source in seen:
+            for source in map(self._source, node.all_input_nodes):
+                if source in self.inside or source in seen:
                     continue
                 seen.add(source)
                 needed[source] = None
@@ -220,7 +239,7 @@ class _Writer:
 
     def _copy(self, node: Node) -> None:
         """Under a name that says nothing of where it stood."""
-        args, kwargs = map_arg((node.args, node.kwargs), self._copied)
+        args, kwargs = map_arg((node.args, node.kwargs), lambda source: self._copied(self._source(source)))
         self.new[node] = self.graph.create_node(node.op, node.target, args, kwargs, f"value_{len(self.new)}")
 
     def _size(self, node: Node) -> Any:

@@ -30,6 +30,9 @@ class Role(Enum):
     COUNT = "count"  # i64[B], how many of the N slots of a pressed layer are occupied, where rows differ
 
 
+STORED = (Role.KEYS, Role.VALUES, Role.POSITIONS)  # what a cache stores of a layer, in this order
+
+
 @dataclass(frozen=True)
 class Port:
     """One typed input or output of a program.

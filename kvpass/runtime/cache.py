@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kvpass.errors import CacheError
+from kvpass.ir.program import STORED, Port
 from kvpass.runtime.layout import CacheLayout, Context, Extent
 
 Stored = dict[int, tuple[Tensor, Tensor]]
@@ -33,6 +34,8 @@ class CompressedCache(Cache):
         self._context = Context()
         self._buffers: list[tuple[Tensor, ...]] = []
         self._kept: list[Tensor | None] = [None] * len(layout.layers)  # positions of what the prefill left
+        self._room = 0  # tokens that can come before anything must be looked at again
+        self._bound: tuple[Sequence[Port], list[Any]] | None = None  # what `storage` found last
         self._rings: Stored = {}  # those at the end of the context, kept from when new tokens overwrite them
         self.lengths = torch.empty(0)  # i64[L, B], entries in use; of rings, tokens seen
         self.next_of_rows = torch.empty(0)  # i64[B], the position of the next token
@@ -43,6 +46,22 @@ class CompressedCache(Cache):
         """The storage of a layer, free slots included: keys, values [B, Hkv, C, D], perhaps positions i64[B, Hkv, C]"""
         return self._buffers[self.layout.holder(layer)]
 
+    def storage(self, ports: Sequence[Port], rows: slice | None = None) -> list[Any]:
+        """For each of these inputs of a graph what is stored of some rows (None: all); None for inputs of other roles.
+
+        Remembered while the storage stays where it is, since a graph asks at every token.
+        """
+        if rows is None and self._bound is not None and self._bound[0] is ports:
+            return self._bound[1].copy()
+        found: list[Any] = [None] * len(ports)
+        for place, port in enumerate(ports):
+            if port.role in STORED and port.layer is not None:
+                buffer = self.buffers(port.layer)[STORED.index(port.role)]
+                found[place] = buffer if rows is None else buffer[rows]
+        if rows is None:
+            self._bound = (ports, found.copy())
+        return found
+
     def allocate(self, batch: int, entries: Sequence[int]) -> None:
         """Room for a fresh prefill that leaves at most `entries[layer]` in each row of a layer."""
         with torch.inference_mode(False):
@@ -50,6 +69,7 @@ class CompressedCache(Cache):
                 layer.buffers(batch, self.layout.slots(layer, need), self.device)
                 for layer, need in zip(self.layout.layers, entries, strict=True)
             ]
+            self._bound, self._room = None, 0
             self.lengths = torch.zeros(len(entries), batch, dtype=torch.int64, device=self.device)
             self.next_of_rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._extent = Extent.empty(batch)
@@ -71,7 +91,7 @@ class CompressedCache(Cache):
                 entries[layer] = tuple(row)
             context = Context(context.extent, tuple(entries))
         self._context, self._extent = context, context.extent
-        self._rings = {}
+        self._rings, self._room = {}, 0
         if counts:
             self._trim()
         self._sync_lengths()
@@ -91,13 +111,18 @@ class CompressedCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Make sure that `tokens` more entries fit; grows in steps, so that growth is rare."""
+        if tokens <= self._room:
+            return
+        self._room = 2**31
         for index in self.layout.holders:
             layer = self.layout.layers[index]
             need = max(self._entries(index)) + tokens
             slots = self._buffers[index][0].shape[2]
             if need > slots and slots != layer.ring:
                 self._resize(index, self.layout.slots(layer, need))
-            if layer.ring is not None and need > layer.ring and index not in self._rings:
+            if layer.ring is None or need <= layer.ring:
+                self._room = min(self._room, tokens + self._buffers[index][0].shape[2] - need)
+            elif index not in self._rings:
                 self._keep_ring(index, layer.ring)
 
     def _keep_ring(self, index: int, ring: int) -> None:
@@ -111,6 +136,7 @@ class CompressedCache(Cache):
         self, columns: int, tokens: Sequence[int] | None = None, next_positions: Sequence[int] | None = None
     ) -> None:
         """Note that `tokens[row]` entries, by default as many as `columns`, were appended to every layer."""
+        self._room = max(0, self._room - columns)
         counted = tuple(tokens) if tokens is not None else (columns,) * self.lengths.shape[1]
         first = self._extent.columns == 0
         self._extent = self._extent.grown(columns, counted, next_positions)
@@ -130,7 +156,7 @@ class CompressedCache(Cache):
             new = layer.buffers(self.lengths.shape[1], capacity, self.device)
             for target, source in zip(new, self._buffers[index], strict=True):
                 target[:, :, :used] = source[:, :, :used]
-            self._buffers[index] = new
+            self._buffers[index], self._bound = new, None
 
     def _entries(self, layer: int) -> list[int]:
         """How many entries each row has in use; of a ring, how many it has seen."""
@@ -239,7 +265,7 @@ class CompressedCache(Cache):
 
     def rewind(self) -> Self:
         """Forget all that came after the context (the first prompt), so that another question can follow it."""
-        self._extent = self._context.extent
+        self._extent, self._room = self._context.extent, 0
         for layer, held in self._rings.items():
             for buffer, tensor in zip(self._buffers[layer], held, strict=True):
                 buffer[:, :, : tensor.shape[2]] = tensor
@@ -275,6 +301,7 @@ class CompressedCache(Cache):
             why = f"a window of {min(rings)} tokens has moved on" if rings else "rows are padded or embedded there"
             raise CacheError(f"cannot crop to {target} tokens: {why}; rewind(), copy() beforehand, or prefill again")
         seen, following = (tuple(n - removed for n in numbers) for numbers in (extent.seen, extent.next))
+        self._room = 0
         self._extent = Extent(target, min(extent.whole, target), seen, following)
         if target < context.columns:
             self._context = Context.of_plain_text(self._extent, len(self))

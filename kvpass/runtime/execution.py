@@ -12,7 +12,7 @@ from kvpass.backends import streams_memory
 from kvpass.budget import Budget, Prompt
 from kvpass.errors import InputError, PressError
 from kvpass.ir.form import Phase
-from kvpass.ir.program import Port, Role
+from kvpass.ir.program import Role
 from kvpass.press import Press
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.guard import choose_phase
@@ -182,7 +182,7 @@ class Execution:
         one_row = phase is Phase.DECODE and len(counts) == 1 and streams_memory(self.recipe.backend, self.device)
         graph = self.phase(phase, embeddings=rows.embedded, one_row=one_row)
         given = {}
-        if any(port.role is Role.NEW_TOKENS for port in graph.program.inputs):
+        if any(port.role is Role.NEW_TOKENS for _, port in graph.per_call):
             given[Role.NEW_TOKENS.value] = torch.tensor(counts, device=self.device)
         logits = self._run(graph, cache, rows, chosen, most, given)[0]
         return torch.nn.functional.pad(logits, (0, 0, 0, longest - most)) if most < longest else logits
@@ -199,27 +199,24 @@ class Execution:
         """Run a graph on the first `count` tokens of some rows."""
         whole = (chosen.start, chosen.stop) == (0, cache.lengths.shape[1])
         tokens = rows.tokens[chosen, :count].contiguous()
-        inputs = []
-        for port in graph.program.inputs:
+        inputs = cache.storage(graph.program.inputs, None if whole else chosen)
+        for place, port in graph.per_call:
             match port.role:
                 case Role.INPUT_IDS:
-                    inputs.append(tokens)
+                    inputs[place] = tokens
                 case Role.EMBEDDINGS:
                     width = int(graph.program.input_node(Role.EMBEDDINGS).meta["val"].shape[2])
                     if tokens.shape[2] != width:
                         raise InputError(f"inputs_embeds are {tokens.shape[2]} wide, the model's embeddings {width}")
-                    inputs.append(tokens)
+                    inputs[place] = tokens
                 case Role.POSITION_IDS | Role.POSITION_AXES:
-                    inputs.append(self._positions(graph, cache, rows, chosen, count)[port.role])
+                    inputs[place] = self._positions(graph, cache, rows, chosen, count)[port.role]
                 case Role.LENGTHS:
-                    inputs.append(cache.lengths if whole else cache.lengths[:, chosen].contiguous())
-                case Role.KEYS | Role.VALUES | Role.POSITIONS:
-                    buffer = _buffer(cache, port)
-                    inputs.append(buffer if whole else buffer[chosen])
+                    inputs[place] = cache.lengths if whole else cache.lengths[:, chosen].contiguous()
                 case Role.NEW_TOKENS if port.name not in given:
-                    inputs.append(torch.full((tokens.shape[0],), count, device=self.device))
+                    inputs[place] = torch.full((tokens.shape[0],), count, device=self.device)
                 case _:
-                    inputs.append(given[port.name])
+                    inputs[place] = given[port.name]
         return graph.run(*inputs)
 
     def _positions(
@@ -238,11 +235,6 @@ class Execution:
         if axes == 1:
             return {Role.POSITION_IDS: own[0].contiguous()}
         return {Role.POSITION_IDS: counted, Role.POSITION_AXES: own.expand(axes, -1, -1).contiguous()}
-
-
-def _buffer(cache: CompressedCache, port: Port) -> Tensor:
-    assert port.layer is not None
-    return cache.buffers(port.layer)[(Role.KEYS, Role.VALUES, Role.POSITIONS).index(port.role)]
 
 
 def _moved_on(plans: Sequence[_Plan], rows: Rows) -> Sequence[int] | None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from kvpass.backends import Runner, make_runner
 from kvpass.ir.form import Phase
-from kvpass.ir.program import KVProgram
+from kvpass.ir.program import STORED, KVProgram, Port
 from kvpass.pass_manager import PassManager, PassRecord
 from kvpass.pipeline import phase_passes
 from kvpass.press import Press
@@ -21,6 +22,11 @@ class PhaseGraph:
     program: KVProgram
     records: Sequence[PassRecord]
     run: Runner = field(repr=False)
+
+    @cached_property
+    def per_call(self) -> tuple[tuple[int, Port], ...]:
+        """The inputs that are other tensors at every call, with their places; all but the storage of the cache."""
+        return tuple((place, port) for place, port in enumerate(self.program.inputs) if port.role not in STORED)
 
 
 @dataclass
