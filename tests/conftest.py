@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+os.environ.setdefault("KVPASS_GRAPH_CACHE", "0")  # every test run exports and transforms anew
 
 import pytest
 import torch

@@ -22,6 +22,7 @@ from kvpass.bench.floor import Hardware, decode_floor, measure_hardware, prefill
 from kvpass.bench.shapes import loaded_model, random_model
 from kvpass.bench.subjects import subjects
 from kvpass.errors import InputError
+from kvpass.graph_store import ENVIRONMENT
 from kvpass.registry import resolve_press
 
 
@@ -74,7 +75,8 @@ def run_bench(console: Console, settings: Settings, *, warm: bool, json_to: Path
     if plot_to is not None:
         show.need_matplotlib()
     with tempfile.TemporaryDirectory(prefix="kvpass-bench-") as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty: the first compilation is a cold one
+        # Empty: the first compilation is a cold one.
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, ENVIRONMENT: f"{folder}/graphs"}
         hardware, rows = measure(console, settings, warm=warm)
     show.print_table(console, settings, hardware, rows)
     if json_to is not None:

@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from kvpass.capture.interface import OURS, Interface
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.form import Form
+from kvpass.ir.holder import holder
 from kvpass.ir.program import KVProgram, Port, Role
 from kvpass.ir.propagate import assign_values
 from kvpass.ir.rename import plain_name
@@ -143,7 +144,7 @@ def program_from_export(exported: ExportedProgram, interface: Interface = OURS) 
 
     inputs = tuple(Port(str(n.target), Role(str(n.target))) for n in graph.nodes if n.op == "placeholder")
     program = KVProgram(
-        graph_module=GraphModule(_holder(live), graph),
+        graph_module=GraphModule(holder(live), graph),
         form=Form.CAPTURED,
         inputs=inputs,
         outputs=(Port("logits", Role.LOGITS),),
@@ -160,20 +161,3 @@ def _all_ones(graph: Graph, ids: Node, dtype: torch.dtype) -> Node:
     size = torch.ops.aten.sym_size.int
     sizes = [graph.call_function(size, (ids, axis)) for axis in range(2)]
     return graph.call_function(torch.ops.aten.ones.default, (sizes,), {"dtype": dtype})
-
-
-def _holder(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A bare module tree that holds the model's own tensors (not copies) under their own names."""
-    root = nn.Module()
-    for path, tensor in tensors.items():
-        *parents, leaf = path.split(".")
-        owner = root
-        for atom in parents:
-            if not hasattr(owner, atom):
-                owner.add_module(atom, nn.Module())
-            owner = owner.get_submodule(atom)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        else:
-            owner.register_buffer(leaf, tensor)
-    return root

@@ -36,6 +36,7 @@ class SymbolicShapes:
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env)
         self.fake_mode.cache_enabled = False  # filling it costs more than it saves
         self._sizes: dict[str, Size] = {}
+        self._ranges: dict[str, tuple[int, int, int]] = {}
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
 
     def dim(self, name: str, hint: int, low: int = 2, high: int = 2**31 - 1) -> Size:
@@ -50,6 +51,7 @@ class SymbolicShapes:
             )
             size = cast(SymInt, carrier.shape[0])
             self._sizes[name] = size
+            self._ranges[name] = (hint, low, high)
             self._names[size.node.expr] = sympy.Symbol(name, integer=True, positive=True)
         return self._sizes[name]
 
@@ -59,6 +61,14 @@ class SymbolicShapes:
 
     def __getitem__(self, name: str) -> Size:
         return self._sizes[name]
+
+    def declared(self) -> dict[str, int | tuple[int, int, int]]:
+        """All sizes by name: a constant, or hint, least and greatest value, as `fix` and `dim` take them."""
+        return {name: size if isinstance(size, int) else self._ranges[name] for name, size in self._sizes.items()}
+
+    def named(self, expr: Any) -> Any:
+        """An expression of torch's symbols in our names."""
+        return sympy.sympify(self.shape_env.replace(expr)).xreplace(self._names)
 
     def bind(self, **values: Size) -> dict[str, Size]:
         """Values of sizes under torch's own symbol names, as `Subgraph.run` wants them."""
@@ -84,8 +94,7 @@ class SymbolicShapes:
         """A size in our names, e.g. `S - 64`; equal in every process."""
         if not isinstance(size, SymInt):
             return str(size)
-        expr = self.shape_env.replace(size.node.expr)
-        return str(sympy.sympify(expr).xreplace(self._names))
+        return str(self.named(size.node.expr))
 
     def renamed(self, message: str) -> str:
         """A message about tensors that are being traced, in our names instead of torch's."""

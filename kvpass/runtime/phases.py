@@ -6,9 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from kvpass.backends import Runner, make_runner
+from kvpass.graph_store import GraphStore, name_of
 from kvpass.ir.form import Phase
 from kvpass.ir.program import STORED, KVProgram, Port
-from kvpass.pass_manager import PassManager, PassRecord
+from kvpass.pass_manager import Pass, PassManager, PassRecord
 from kvpass.pipeline import phase_passes
 from kvpass.press import Press
 
@@ -34,6 +35,7 @@ class PhaseGraphs:
     """Only the prefill graph knows the press: whoever compiles a second press compiles that graph alone."""
 
     located: KVProgram
+    store: GraphStore | None = None
     _built: dict[object, PhaseGraph] = field(default_factory=dict, init=False, repr=False)
 
     def get(
@@ -56,7 +58,17 @@ class PhaseGraphs:
         key = (*shared, press, layers) if phase is Phase.PREFILL else shared
         if key not in self._built:
             steps = phase_passes(phase, press, layers, embeddings=embeddings, one_row=one_row)
-            manager = PassManager(steps, print_ir=print_ir)
-            program = manager.run(self.located)
-            self._built[key] = PhaseGraph(program, manager.records, make_runner(program, backend, mode))
+            program, records = self._made(steps, print_ir)
+            self._built[key] = PhaseGraph(program, records, make_runner(program, backend, mode))
         return self._built[key]
+
+    def _made(self, steps: Sequence[Pass], print_ir: PrintIR) -> tuple[KVProgram, list[PassRecord]]:
+        """What the passes make of the located graph, in this process or in an earlier one."""
+        name = name_of(steps) if self.store is not None and print_ir is None else None
+        if self.store is not None and name is not None and (stored := self.store.load(name)) is not None:
+            return stored
+        manager = PassManager(steps, print_ir=print_ir)
+        program = manager.run(self.located)
+        if self.store is not None and name is not None:
+            self.store.save(name, program, manager.records)
+        return program, manager.records
