@@ -1,7 +1,7 @@
 """KV-cache compression as a compiler pass: torch.export in, a model that compresses its own cache out."""
 
 from kvpass import presses
-from kvpass.api import CapturedModel, capture_model, compile
+from kvpass.api import CapturedModel, capture_model, compile, load
 from kvpass.errors import KVPassError
 from kvpass.press import Press, ScorerPress
 from kvpass.press_inputs import PressInputs
@@ -19,6 +19,7 @@ __all__ = [
     "ScorerPress",
     "capture_model",
     "compile",
+    "load",
     "presses",
     "register_press",
     "registered_presses",

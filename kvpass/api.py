@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from kvpass.budget import Budget
 from kvpass.capture import capture
-from kvpass.errors import InputError, PressError, UnsupportedModelError
+from kvpass.errors import InputError, PackageError, PressError, UnsupportedModelError
 from kvpass.graph_store import store_of
 from kvpass.ir.attention_site import attention_sites
 from kvpass.ir.program import KVProgram
@@ -24,6 +25,7 @@ from kvpass.registry import resolve_press
 from kvpass.runtime.execution import Recipe
 from kvpass.runtime.layout import CacheLayout, LayerLayout
 from kvpass.runtime.model import CompiledModel
+from kvpass.runtime.model_files import read_model
 from kvpass.runtime.phases import PhaseGraphs, PrintIR
 
 
@@ -159,6 +161,25 @@ def compile(
     if chosen is not None:
         compiled.graph("prefill")  # a press that does not fit the model fails here, not at the first prompt
     return compiled.eval()
+
+
+def load(path: str | Path) -> CompiledModel:
+    """A compiled model that `CompiledModel.save` wrote; nothing is captured, no pass runs, no code in it is executed.
+
+    Raises `PackageError` for something else, for files that have changed, and for other releases of kvpass or torch.
+    """
+    stored = read_model(path)
+    facts = stored.facts
+    found = stored.store.load("located")
+    if found is None:
+        raise PackageError(f"{path} holds no graph; copy the folder again")
+    program, records = found
+    graphs = PhaseGraphs(program, stored.store)
+    captured = CapturedModel(
+        graphs, stored.config, stored.generation_config, facts["model_id"], facts["max_tokens"], tuple(records)
+    )
+    options = {name: facts[name] for name in ("target_size", "layers", "backend", "mode", "capacity")}
+    return compile(captured, facts["press"], facts["ratio"], **options)
 
 
 def _with_delimiter(press: Press | None, delimiter: int) -> Press:

@@ -29,5 +29,9 @@ class InputError(KVPassError, ValueError):
     """An input of the compiled model cannot be served; nothing is ever silently ignored."""
 
 
+class PackageError(KVPassError):
+    """A saved model cannot be written, or is not what was written."""
+
+
 class CacheError(KVPassError, ValueError):
     """A cache does not belong to this model, or is asked for something that it no longer holds."""

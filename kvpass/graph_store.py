@@ -46,6 +46,8 @@ class GraphStore:
 
     folder: Path
     tensors: Mapping[str, Tensor]  # the model's own, by name
+    changes: bool = True  # whether graphs are added
+    assets: bool = False  # whether those are stored that hold tensors of a press, whose file may change
 
     def load(self, name: str) -> Stored | None:
         """What was saved under this name, if anything."""
@@ -65,6 +67,8 @@ class GraphStore:
 
     def save(self, name: str, program: KVProgram, records: Sequence[PassRecord]) -> None:
         """Store a program; one that has no form in a file is left out, and so is everything on a full disk."""
+        if not self.changes:
+            return
         try:
             told = program_to_json(program)
         except NotStorableError as error:
@@ -72,7 +76,7 @@ class GraphStore:
             return
         held = {str(n.target): program.attribute(n) for n in program.graph.nodes if n.op == "get_attr"}
         own = {key: tensor for key, tensor in held.items() if self.tensors.get(key) is not tensor}
-        if any(key.startswith("press_") for key in own):
+        if not self.assets and any(key.startswith("press_") for key in own):
             log.info("not stored: the press reads tensors from a file of its own, which may change")
             return
         data = {"program": told, "records": [asdict(record) for record in records], "own": sorted(own)}

@@ -113,6 +113,25 @@ def make_press(cls: type[Press], given: list[Any], named: Mapping[str, Any]) -> 
     return cls(*given, **named)
 
 
+def press_text(press: Press) -> str:
+    """The text that `parse_press` turns into this press. Raises `PressError` if an option has no such text."""
+    text = _text(press)
+    if parse_press(text) != press:
+        raise PressError(f"{press.name} cannot be written as text: {text} is another press")
+    return text
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Press):
+        options = [
+            f"{field.name}={_text(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.init
+        ]
+        return f"{value.name}({', '.join(options)})"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_text, value))}]"
+    return repr(value)
+
+
 def _example(missing: list[str]) -> str:
     shown = {"press": "snapkv", "presses": "[snapkv, think]", "ratios": "ratios=[0.3, 0.7]"}
     return ", ".join(shown.get(name, f"{name}=...") for name in missing)

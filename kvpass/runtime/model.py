@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,6 +134,15 @@ class CompiledModel(nn.Module, GenerationMixin):
     @property
     def _located(self) -> KVProgram:
         return self._execution.graphs.located
+
+    def save(self, path: str | Path) -> None:
+        """Write a new folder that `kvpass.load` reads: weights, the graphs of all phases, configs, the options.
+
+        Raises `PackageError` if the path exists or cannot be written, or the graph has no form in a file.
+        """
+        from kvpass.runtime.model_files import save_model
+
+        save_model(self, path)
 
     def new_cache(self) -> CompressedCache:
         """An empty cache for this model."""
