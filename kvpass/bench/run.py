@@ -74,10 +74,13 @@ def run_bench(console: Console, settings: Settings, *, warm: bool, json_to: Path
     resolve_press(settings.press)
     if plot_to is not None:
         show.need_matplotlib()
+    environment = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="kvpass-bench-") as folder:
-        # Empty: the first compilation is a cold one.
-        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, ENVIRONMENT: f"{folder}/graphs"}
-        hardware, rows = measure(console, settings, warm=warm)
+        try:
+            hardware, rows = measure(console, settings, Path(folder), warm=warm)
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
     show.print_table(console, settings, hardware, rows)
     if json_to is not None:
         found = {
@@ -91,8 +94,12 @@ def run_bench(console: Console, settings: Settings, *, warm: bool, json_to: Path
         show.plot(settings, rows, plot_to)
 
 
-def measure(console: Console, settings: Settings, *, warm: bool) -> tuple[Hardware, list[Row]]:
-    """Every subject in turn, `repeats` times, so that what else the machine does meets all of them."""
+def measure(console: Console, settings: Settings, folder: Path, *, warm: bool) -> tuple[Hardware, list[Row]]:
+    """Every subject in turn, `repeats` times, so that what else the machine does meets all of them.
+
+    `folder` is empty, so that the first compilation is a cold one. Each subject gets a part of it, so that none finds
+    what another one has compiled.
+    """
     quiet: Any = transformers.utils.logging
     quiet.set_verbosity_error()
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
@@ -111,6 +118,7 @@ def measure(console: Console, settings: Settings, *, warm: bool) -> tuple[Hardwa
         rows, ready = [Row(name) for name in table], {}
         for row in rows:
             progress.update(step, description=f"warming up: {row.name}")
+            _cache_in(folder / str(rows.index(row)))
             start = time.perf_counter()
             try:
                 ready[row.name] = table[row.name]()
@@ -133,10 +141,16 @@ def measure(console: Console, settings: Settings, *, warm: bool) -> tuple[Hardwa
     if warm:
         for row in (row for row in rows if row.samples and row.name.startswith("kvpass")):
             with console.status(f"once more in another process: {row.name}"):
+                _cache_in(folder / str(rows.index(row)))
                 row.warm = _in_another_process(settings, row.name) - (
                     row.of("prefill") + row.of("step") * (settings.new_tokens - 1)
                 )
     return hardware, rows
+
+
+def _cache_in(folder: Path) -> None:
+    """Let inductor and kvpass keep there what they compile."""
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), ENVIRONMENT: str(folder / "graphs")}
 
 
 def _model(settings: Settings) -> Any:

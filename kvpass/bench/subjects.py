@@ -73,8 +73,14 @@ def _kvpress(model: Any, press: str, ratio: float, *, compiled: bool) -> Generat
     generate = model.generate
 
     def run(ids: Tensor, **options: Any) -> Any:
-        with _compiled_forward(model) if compiled else nullcontext(), made(model):
-            return generate(ids, **options)
+        parts = {module: set(module._modules) for module in model.modules()}
+        try:
+            with _compiled_forward(model) if compiled else nullcontext(), made(model):
+                return generate(ids, **options)
+        finally:  # it leaves modules behind, which would make another model of this one
+            for module, names in parts.items():
+                for name in set(module._modules) - names:
+                    delattr(module, name)
 
     return run
 
