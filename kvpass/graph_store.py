@@ -107,6 +107,8 @@ def store_of(model: object, *facts: object) -> GraphStore | None:
     digest = hashlib.sha256(f"{_sources()} {platform.python_version()} {facts} {model}".encode())
     for part in model.modules():
         digest.update(f"{type(part).__module__}.{type(part).__qualname__}".encode())
+    for path in sorted({inspect.getfile(type(part)) for part in model.modules()}):  # edited in place, the release stays
+        digest.update(Path(path).read_bytes())
     if (config := getattr(model, "config", None)) is not None:
         digest.update(f"{config} {getattr(config, '_attn_implementation', None)}".encode())
     for name, tensor in sorted(named.items()):
