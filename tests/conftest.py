@@ -10,9 +10,17 @@ import torch
 from models import captured_model, compiled_model, eager_model, token_ids  # noqa: F401
 from tiny_models import ARCHITECTURES
 
+from kvpass import registered_presses, registry
+
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine it waits long
 
 
 @pytest.fixture(params=ARCHITECTURES)
 def arch(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def same_presses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A press that one test registers is unknown to the next."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registered_presses()))
