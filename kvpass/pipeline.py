@@ -13,6 +13,7 @@ from kvpass.passes.match_attention import MatchAttention
 from kvpass.passes.merge_attention import MergeAttention
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.prove_token_local import ProveTokenLocal
+from kvpass.passes.return_cache import ReturnCache
 from kvpass.passes.specialize_phase import SpecializePhase
 from kvpass.passes.splice_evict import SpliceEvict
 from kvpass.passes.splice_press import SplicePress
@@ -42,11 +43,12 @@ def phase_passes(
     *,
     embeddings: bool = False,
     one_row: bool = False,
+    functional: bool = False,
 ) -> tuple[Pass, ...]:
     """Once for each phase of a compiled model; `layers` are those to press, None: all that can be.
 
     `embeddings`: the graph reads those instead of token ids. `one_row`: the batch is one row, whose single tokens read
-    all weights and a cache for themselves.
+    all weights and a cache for themselves. `functional`: the cache leaves the graph, nothing is written in place.
     """
     if phase is not Phase.PREFILL:
         press = None
@@ -61,7 +63,7 @@ def phase_passes(
         # the press
         *((SplicePress(press, layers), SpliceEvict()) if press else ()),
         # lower
-        WriteCacheInPlace(),
+        ReturnCache() if functional else WriteCacheInPlace(),
         *((LowerAttention(),) if phase is Phase.PREFILL else ()),
         *((AcceptEmbeddings(),) if embeddings else ()),
         *((StreamCache(), StreamWeights()) if one_row else ()),

@@ -13,7 +13,7 @@ class Form(IntEnum):
     CACHED = 5  # cache tensors enter and leave the graph
     PRESSED = 6  # pressed layers hold what the press leaves of their pairs
     COMPRESSED = 7  # only the kept pairs are written to the cache
-    LOWERED = 8  # the cache is written in place
+    LOWERED = 8  # as a backend takes it: the cache is written in place, or leaves the graph
 
 
 class Phase(Enum):
