@@ -1,11 +1,6 @@
 """A compiled model as a folder: graphs and facts as JSON, weights as safetensors; nothing in it is executed."""
 
-import hashlib
-import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from kvpass.errors import PackageError
 from kvpass.graph_store import GraphStore, name_of
 from kvpass.ir.form import Phase
+from kvpass.package_files import check_files, digests, new_target, versions
 from kvpass.pipeline import phase_passes
 from kvpass.registry import press_text
 from kvpass.runtime.model import CompiledModel
@@ -41,8 +37,6 @@ class StoredModel:
 def save_model(model: CompiledModel, path: str | Path) -> None:
     """Write a new folder; it has its name when it is complete. Raises `PackageError` if it cannot be written."""
     target = Path(path)
-    if target.exists():
-        raise PackageError(f"{target} exists; give another path, or remove it first")
     execution, recipe = model._execution, model._recipe
     if not isinstance(recipe.backend, str):
         raise PackageError(f"backend={recipe.backend!r} is a function, which no file holds; compile with a name")
@@ -58,25 +52,15 @@ def save_model(model: CompiledModel, path: str | Path) -> None:
         "capacity": execution.layout.capacity,
         "device": str(model.device),
     }
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise PackageError(f"{target.parent} cannot be written to: {error}") from error
-    try:
+    with new_target(target) as folder:
+        folder.mkdir()
         tensors = {str(n.target): model._located.attribute(n) for n in model._located.graph.nodes if n.op == "get_attr"}
-        names = _write_weights(tensors, scratch / WEIGHTS)
-        _write_graphs(model, GraphStore(scratch / GRAPHS, tensors, assets=True))
-        (scratch / "config.json").write_text(model.config.to_json_string(use_diff=False))
-        (scratch / "generation_config.json").write_text(model.generation_config.to_json_string(use_diff=False))
-        files = {str(p.relative_to(scratch)): _digest(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
-        manifest = {"format": FORMAT, **_versions(), "facts": facts, "names": names, "files": files}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        scratch.chmod(0o755)  # a folder of tempfile is for its owner alone
-        os.rename(scratch, target)
-    except OSError as error:
-        raise PackageError(f"{target} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        names = _write_weights(tensors, folder / WEIGHTS)
+        _write_graphs(model, GraphStore(folder / GRAPHS, tensors, assets=True))
+        (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
+        (folder / "generation_config.json").write_text(model.generation_config.to_json_string(use_diff=False))
+        manifest = {"format": FORMAT, **versions(), "facts": facts, "names": names, "files": digests(folder)}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def read_model(path: str | Path) -> StoredModel:
@@ -88,15 +72,13 @@ def read_model(path: str | Path) -> StoredModel:
             raise ValueError(f"its format is {manifest['format']}, not {FORMAT}")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise PackageError(f"{folder} is no folder that CompiledModel.save wrote: {error}") from error
-    written = {name: manifest.get(name) for name in _versions()}
-    if written != _versions():
-        told = (" and ".join(f"{name} {version}" for name, version in v.items()) for v in (written, _versions()))
+    written = {name: manifest.get(name) for name in versions()}
+    if written != versions():
+        told = (" and ".join(f"{name} {version}" for name, version in v.items()) for v in (written, versions()))
         raise PackageError(
             f"{folder} was saved by {next(told)}, this is {next(told)}; compile the model and save it again"
         )
-    for name, digest in manifest["files"].items():
-        if not (folder / name).is_file() or _digest(folder / name) != digest:
-            raise PackageError(f"{folder / name} is missing or is not what was saved; copy the folder again")
+    check_files(folder, manifest["files"])
     device = torch.device(manifest["facts"]["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PackageError(f"{folder} was compiled for {device}, which is not here; compile the model for this machine")
@@ -147,12 +129,3 @@ def _config(path: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.for_model(**told)
         return config
     return PretrainedConfig.from_dict(told)
-
-
-def _versions() -> dict[str, str]:
-    return {"kvpass": importlib.metadata.version("kvpass"), "torch": ".".join(torch.__version__.split(".")[:2])}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
