@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from kvpass.budget import Budget
 from kvpass.capture import capture
+from kvpass.deployment.deployed import DeployedModel
+from kvpass.deployment.export import is_exported, load_exported
 from kvpass.errors import InputError, PackageError, PressError, UnsupportedModelError
 from kvpass.graph_store import store_of
 from kvpass.ir.attention_site import attention_sites
@@ -163,11 +165,15 @@ def compile(
     return compiled.eval()
 
 
-def load(path: str | Path) -> CompiledModel:
-    """A compiled model that `CompiledModel.save` wrote; nothing is captured, no pass runs, no code in it is executed.
+def load(path: str | Path) -> CompiledModel | DeployedModel:
+    """What `CompiledModel.save` or `CompiledModel.export` wrote: nothing is captured, no pass runs.
 
+    A saved model is a `CompiledModel` again. An exported one is a `DeployedModel`, with `generate`, `prefill` and
+    `append`. Nothing is unpickled; but the code in an AOTInductor package is machine code, so trust where it is from.
     Raises `PackageError` for something else, for files that have changed, and for other releases of kvpass or torch.
     """
+    if is_exported(Path(path)):
+        return load_exported(Path(path))
     stored = read_model(path)
     facts = stored.facts
     found = stored.store.load("located")

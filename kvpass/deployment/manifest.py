@@ -15,6 +15,7 @@ from kvpass.ir.symbols import SYMBOLIC
 from kvpass.package_files import versions
 
 FORMAT = "kvpass-package-1"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Manifest:
     ratio: float | None
     target_size: int | None
     batch_size: int
-    max_tokens: int
+    max_tokens: int  # of a whole text
     device: str
     eos_token_ids: tuple[int, ...]
     config: dict[str, Any]
@@ -86,9 +87,9 @@ class Manifest:
         for spec in self.phases:
             if spec.phase == wanted and spec.takes(tokens):
                 return spec
+        most = max(high for spec in self.phases for _, high in spec.tokens)
         raise PackageError(
-            f"{tokens} tokens at once, this package was exported for up to {self.max_tokens}; export it with a greater "
-            "max_tokens="
+            f"{tokens} tokens at once, this package was exported for up to {most}; export it with a greater max_tokens="
         )
 
     def to_json(self) -> str:

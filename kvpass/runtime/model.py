@@ -144,6 +144,21 @@ class CompiledModel(nn.Module, GenerationMixin):
 
         save_model(self, path)
 
+    def export(self, path: str | Path, format: str = "exported_program", **options: Any) -> None:
+        """Write the phases as programs that run without kvpass; `kvpass.load` reads them back, too.
+
+        format: "aot_inductor": one .pt2 file, compiled, the weights once; for C++ and Python. "exported_program": a
+            folder with one file for `torch.export.load` per phase.
+        batch_size: rows, 1 by default; fixed. max_tokens: the longest prompt, by default what the model can read.
+        progress: a function of a text, called before each step.
+
+        The budget is part of the graphs: they count what is kept themselves. Raises `PackageError` for an unknown
+        format, if the path exists or cannot be written, or a press asks for more than token ids.
+        """
+        from kvpass.deployment.export import export_model
+
+        export_model(self, path, format, **options)
+
     def new_cache(self) -> CompressedCache:
         """An empty cache for this model."""
         return CompressedCache(self._execution.layout, self._device)

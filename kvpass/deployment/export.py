@@ -1,0 +1,136 @@
+"""`CompiledModel.export` and what `kvpass.load` makes of it."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from kvpass.backends import streams_memory
+from kvpass.deployment.deployed import DeployedModel
+from kvpass.deployment.manifest import FORMAT, MANIFEST, LayerSpec, Manifest, PhaseSpec, phase_spec
+from kvpass.deployment.phases import export_prefill, export_step, prompts_of
+from kvpass.errors import PackageError
+from kvpass.ir.form import Phase
+from kvpass.ir.program import KVProgram
+from kvpass.package_files import check_files, new_target
+from kvpass.pass_manager import PassManager
+from kvpass.pipeline import phase_passes
+from kvpass.registry import press_text
+from kvpass.runtime.model import CompiledModel
+
+Progress = Callable[[str], None]
+FORMATS = ("exported_program", "aot_inductor")
+FUNCTIONAL = ("onnx", "tensorrt")  # take no graph that writes to its inputs
+
+
+def export_model(
+    model: CompiledModel,
+    path: str | Path,
+    format: str,
+    *,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+    progress: Progress = lambda step: None,
+) -> None:
+    """See `CompiledModel.export`."""
+    if format not in FORMATS:
+        raise PackageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise PackageError(f"batch_size is {batch_size!r}, expected a number of rows, at least 1")
+    if format == "aot_inductor" and Path(path).suffix != ".pt2":
+        raise PackageError(f"{path}: an AOTInductor package is a file whose name ends in .pt2")
+    longest = min(max_tokens or model._recipe.max_tokens, model._recipe.max_tokens)
+    with new_target(path) as target:
+        programs, phases = _programs(model, format, batch_size, longest, progress)
+        manifest = _manifest(model, format, batch_size, phases)
+        _backend(format).write(programs, manifest, target, progress)
+
+
+def is_exported(path: Path) -> bool:
+    """Whether it is a package, as far as one can see without reading it."""
+    text = path / MANIFEST
+    return path.is_file() or (text.is_file() and f'"format": "{FORMAT}"' in text.read_text())
+
+
+def load_exported(path: Path) -> DeployedModel:
+    """A package that `export_model` wrote. Raises `PackageError` for anything else."""
+    if path.is_file():
+        manifest = _backend("aot_inductor").read_manifest(path)
+    else:
+        manifest = Manifest.from_json((path / MANIFEST).read_text(), str(path))
+        check_files(path, manifest.files)
+    device = torch.device(manifest.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PackageError(f"{path} was exported for {device}, which is not here; export the model for this machine")
+    return DeployedModel(manifest, _backend(manifest.kind).Runner(path, manifest))
+
+
+def _programs(
+    model: CompiledModel, format: str, batch_size: int, longest: int, progress: Progress
+) -> tuple[dict[str, ExportedProgram], list[PhaseSpec]]:
+    """The phases by name."""
+    recipe, layout = model._recipe, model._execution.layout
+    functional = format in FUNCTIONAL
+    one_row = format == "aot_inductor" and batch_size == 1 and streams_memory("inductor", model.device)
+    programs: dict[str, ExportedProgram] = {}
+    phases: list[PhaseSpec] = []
+
+    def add(name: str, phase: Phase, tokens: Any, program: ExportedProgram) -> None:
+        programs[name] = program
+        phases.append(phase_spec(name, phase.value, tokens, program))
+
+    for number, prompts in enumerate(prompts_of(recipe.press, recipe.budget, len(layout.layers), longest)):
+        name = f"prefill_{number + 1}" if number else "prefill"
+        progress(f"exporting {name}")
+        steps = phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True)
+        exported = export_prefill(_lowered(model, steps), layout, prompts, batch_size=batch_size)
+        add(name, Phase.PREFILL, prompts.ranges, exported)
+    for phase, ends in ((Phase.EXTEND, (2, longest)), (Phase.DECODE, (1, 1))):
+        progress(f"exporting {phase.value}")
+        steps = phase_passes(phase, None, functional=functional, one_row=one_row and phase is Phase.DECODE)
+        exported = export_step(
+            _lowered(model, steps), layout, batch_size=batch_size, longest=longest, functional=functional
+        )
+        add(phase.value, phase, [ends], exported)
+    return programs, phases
+
+
+def _lowered(model: CompiledModel, steps: Any) -> KVProgram:
+    return PassManager(steps, print_ir=model._recipe.print_ir).run(model._located)
+
+
+def _manifest(model: CompiledModel, format: str, batch_size: int, phases: list[PhaseSpec]) -> Manifest:
+    recipe = model._recipe
+    ends = model.generation_config.eos_token_id
+    return Manifest(
+        kind=format,
+        press=press_text(recipe.press) if recipe.press else None,
+        ratio=recipe.budget.ratio,
+        target_size=recipe.budget.target_size,
+        batch_size=batch_size,
+        max_tokens=recipe.max_tokens,
+        device=str(model.device),
+        eos_token_ids=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
+        config=model.config.to_dict(),
+        layers=tuple(
+            LayerSpec(
+                kv_heads=layer.heads,
+                key_size=layer.key_size,
+                value_size=layer.value_size,
+                dtype=layer.dtype,
+                pressed=layer.pressed,
+                ring=layer.ring,
+                reads=layer.reads,
+            )
+            for layer in model._execution.layout.layers
+        ),
+        phases=tuple(phases),
+    )
+
+
+def _backend(format: str) -> ModuleType:
+    return importlib.import_module(f"kvpass.backends.{format}")
