@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from kvpass.backends import streams_memory
 from kvpass.deployment.deployed import DeployedModel
 from kvpass.deployment.manifest import FORMAT, MANIFEST, LayerSpec, Manifest, PhaseSpec, phase_spec
-from kvpass.deployment.phases import export_prefill, export_step, prompts_of
+from kvpass.deployment.phases import export_prefill, export_step
+from kvpass.deployment.prompts import prompts_of
 from kvpass.errors import PackageError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
