@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvpass.deployment.manifest import LayerSpec, Manifest
-from kvpass.errors import InputError
+from kvpass.deployment.manifest import Manifest
+from kvpass.errors import CacheError, InputError, PackageError
 
 CACHES = ("keys", "values", "positions")
 ROOM = 256  # slots behind the text when nobody said how long it will get
@@ -130,26 +130,50 @@ class DeployedModel:
                 state.tensors[name] = new
 
     def _empty(self, slots: int) -> State:
-        manifest, device = self.manifest, self.manifest.device
-        rows, layers = manifest.batch_size, manifest.layers
+        """Caches of `slots`, where the package does not say how many there are."""
+        manifest = self.manifest
+        layers, rows = len(manifest.layers), manifest.batch_size
         tensors = {
-            "lengths": torch.zeros(len(layers), rows, dtype=torch.int64, device=device),
-            "next_position": torch.zeros(rows, dtype=torch.int64, device=device),
+            "lengths": torch.zeros(layers, rows, dtype=torch.int64, device=manifest.device),
+            "next_position": torch.zeros(rows, dtype=torch.int64, device=manifest.device),
         }
-        wanted = {port.name for phase in manifest.phases for port in phase.inputs}
-        for index, layer in enumerate(layers):
-            for role in CACHES:
-                if f"{role}_{index}" in wanted:
-                    tensors[f"{role}_{index}"] = _buffer(layer, role, rows, slots).to(device)
-        return State(tensors, [0] * len(layers), 0)
+        for port in manifest.phases[-1].inputs:
+            if port.role in CACHES:
+                shape = [slots if isinstance(size, str) else size for size in port.shape]
+                tensors[port.name] = torch.zeros(shape, dtype=getattr(torch, port.dtype), device=manifest.device)
+        return State(tensors, [0] * layers, 0)
 
 
-def _buffer(layer: LayerSpec, role: str, rows: int, slots: int) -> Tensor:
-    shape = (rows, layer.kv_heads, layer.ring or slots)
-    if role == "positions":
-        return torch.zeros(shape, dtype=torch.int64)
-    width = layer.key_size if role == "keys" else layer.value_size
-    return torch.zeros(*shape, width, dtype=getattr(torch, layer.dtype))
+class GuardedModel(DeployedModel):
+    """A package of one program that decides itself; single tokens come with padding."""
+
+    def prefill(self, input_ids: Tensor, *, room: int = ROOM) -> tuple[Tensor, State]:
+        """As `DeployedModel.prefill`; the capacity is that of the package, whatever `room` is."""
+        self._checked(input_ids)
+        state = self._empty(0)
+        logits = self.append(input_ids, state)
+        state.used = state.tensors["lengths"].amax(dim=1).tolist()
+        return logits, state
+
+    def append(self, input_ids: Tensor, state: State) -> Tensor:
+        """As `DeployedModel.append`, but the logits [B, 1, V] are those of the last token alone."""
+        tokens = self._checked(input_ids)
+        program = self.manifest.phases[0]
+        shortest, longest = program.tokens[0][0], program.tokens[-1][1]
+        if tokens > longest:
+            raise PackageError(f"{tokens} tokens at once, this package was exported for up to {longest}")
+        given = max(tokens, shortest)
+        for layer in self._growing() if state.seen or given > tokens else ():
+            if (needed := state.used[layer] + given) > (slots := self._slots(state, layer)):
+                raise CacheError(f"layer {layer} holds {slots} entries, {needed} are needed; export with capacity=")
+        padded = torch.nn.functional.pad(input_ids, (0, given - tokens))
+        new_tokens = torch.full((len(input_ids),), tokens, device=input_ids.device)
+        outputs = self._runner.run(program.name, {"input_ids": padded, "new_tokens": new_tokens, **state.tensors})
+        logits = outputs.pop("logits")
+        state.tensors.update(outputs)
+        state.used = [count + tokens for count in state.used]
+        state.seen += tokens
+        return logits
 
 
 def _is_cache(name: str) -> bool:

@@ -10,10 +10,11 @@ import torch
 from torch.export import ExportedProgram
 
 from kvpass.backends import streams_memory
-from kvpass.deployment.deployed import DeployedModel
+from kvpass.budget import Prompt
+from kvpass.deployment.deployed import DeployedModel, GuardedModel
 from kvpass.deployment.manifest import FORMAT, MANIFEST, LayerSpec, Manifest, PhaseSpec, phase_spec
-from kvpass.deployment.phases import export_prefill, export_step
-from kvpass.deployment.prompts import prompts_of
+from kvpass.deployment.phases import export_guarded, export_prefill, export_step
+from kvpass.deployment.prompts import Prompts, prompts_of
 from kvpass.errors import PackageError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
@@ -25,6 +26,7 @@ from kvpass.runtime.model import CompiledModel
 
 Progress = Callable[[str], None]
 FORMATS = ("exported_program", "aot_inductor")
+GUARDS = ("host", "in_graph")  # who decides whether a prompt is compressed
 FUNCTIONAL = ("onnx", "tensorrt")  # take no graph that writes to its inputs
 
 
@@ -33,8 +35,10 @@ def export_model(
     path: str | Path,
     format: str,
     *,
+    guard: str = "host",
     batch_size: int = 1,
     max_tokens: int | None = None,
+    capacity: int | None = None,
     progress: Progress = lambda step: None,
 ) -> None:
     """See `CompiledModel.export`."""
@@ -45,9 +49,18 @@ def export_model(
     if format == "aot_inductor" and Path(path).suffix != ".pt2":
         raise PackageError(f"{path}: an AOTInductor package is a file whose name ends in .pt2")
     longest = min(max_tokens or model._recipe.max_tokens, model._recipe.max_tokens)
+    if guard not in GUARDS:
+        raise PackageError(f"there is no guard {guard!r}; known are {', '.join(GUARDS)}")
+    if guard == "in_graph" and format != "exported_program":
+        raise PackageError("guard='in_graph' makes one program for other compilers; take format='exported_program'")
+    if guard == "host" and capacity is not None:
+        raise PackageError(f"capacity={capacity} is for guard='in_graph'; other programs take caches of any size")
     with new_target(path) as target:
-        programs, phases = _programs(model, format, batch_size, longest, progress)
-        manifest = _manifest(model, format, batch_size, phases)
+        if guard == "in_graph":
+            programs, phases = _guarded(model, batch_size, longest, capacity or longest, progress)
+        else:
+            programs, phases = _programs(model, format, batch_size, longest, progress)
+        manifest = _manifest(model, format, guard, batch_size, phases)
         _backend(format).write(programs, manifest, target, progress)
 
 
@@ -67,7 +80,8 @@ def load_exported(path: Path) -> DeployedModel:
     device = torch.device(manifest.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PackageError(f"{path} was exported for {device}, which is not here; export the model for this machine")
-    return DeployedModel(manifest, _backend(manifest.kind).Runner(path, manifest))
+    runner = _backend(manifest.kind).Runner(path, manifest)
+    return (DeployedModel if manifest.guard == "host" else GuardedModel)(manifest, runner)
 
 
 def _programs(
@@ -89,7 +103,7 @@ def _programs(
         progress(f"exporting {name}")
         steps = phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True)
         exported = export_prefill(_lowered(model, steps), layout, prompts, batch_size=batch_size)
-        add(name, Phase.PREFILL, prompts.ranges, exported)
+        add(name, Phase.PREFILL, _ranges(prompts, exported), exported)
     for phase, ends in ((Phase.EXTEND, (2, longest)), (Phase.DECODE, (1, 1))):
         progress(f"exporting {phase.value}")
         steps = phase_passes(phase, None, functional=functional, one_row=one_row and phase is Phase.DECODE)
@@ -100,15 +114,47 @@ def _programs(
     return programs, phases
 
 
+def _guarded(
+    model: CompiledModel, batch_size: int, longest: int, capacity: int, progress: Progress
+) -> tuple[dict[str, ExportedProgram], list[PhaseSpec]]:
+    """One program with both branches."""
+    recipe, layout = model._recipe, model._execution.layout
+    prompts, *others = prompts_of(recipe.press, recipe.budget, len(layout.layers), longest)
+    if others:
+        raise PackageError(
+            f"{recipe.press} has one graph for prompts of {prompts.ranges} tokens and others for longer ones, which do "
+            "not fit into one program; export with guard='host', or with a smaller max_tokens="
+        )
+    sizes = prompts.press.sizes(Prompt(longest, recipe.budget, 0, len(layout.layers))) if prompts.press else {}
+    if capacity < (kept := sizes.get("budget", longest)):
+        raise PackageError(
+            f"capacity={capacity}: {kept} are kept of {longest} tokens; give that much, and room for more"
+        )
+    progress("exporting")
+    prefill = _lowered(model, phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True))
+    extend = _lowered(model, phase_passes(Phase.EXTEND, None, functional=True))
+    program = export_guarded(prefill, extend, layout, prompts, batch_size=batch_size, capacity=capacity)
+    return {"model": program}, [phase_spec("model", "any", _ranges(prompts, program), program)]
+
+
+def _ranges(prompts: Prompts, program: ExportedProgram) -> list[tuple[int, int]]:
+    """The lengths that a program is for, without those that leave a single pair: they are kept whole."""
+    (ids,) = [node for node in program.graph.nodes if node.op == "placeholder" and node.name == "input_ids"]
+    size = ids.meta["val"].shape[1]
+    least = int(program.range_constraints[size.node.expr].lower)
+    return [(max(low, least), high) for low, high in prompts.ranges if high >= least]
+
+
 def _lowered(model: CompiledModel, steps: Any) -> KVProgram:
     return PassManager(steps, print_ir=model._recipe.print_ir).run(model._located)
 
 
-def _manifest(model: CompiledModel, format: str, batch_size: int, phases: list[PhaseSpec]) -> Manifest:
+def _manifest(model: CompiledModel, format: str, guard: str, batch_size: int, phases: list[PhaseSpec]) -> Manifest:
     recipe = model._recipe
     ends = model.generation_config.eos_token_id
     return Manifest(
         kind=format,
+        guard=guard,
         press=press_text(recipe.press) if recipe.press else None,
         ratio=recipe.budget.ratio,
         target_size=recipe.budget.target_size,

@@ -34,7 +34,7 @@ class PhaseSpec:
     """One program of a package."""
 
     name: str
-    phase: str  # prefill, extend or decode
+    phase: str  # prefill, extend, decode, or any
     tokens: tuple[tuple[int, int], ...]  # first and last length of each range of prompts that it takes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -63,6 +63,7 @@ class Manifest:
     """All that is needed to run a package, and where it comes from."""
 
     kind: str  # exported_program, aot_inductor, onnx, tensorrt
+    guard: str  # host: whoever runs it picks a phase; in_graph: the one program does
     press: str | None
     ratio: float | None
     target_size: int | None

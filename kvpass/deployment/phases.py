@@ -12,13 +12,16 @@ other phases write to the state, or return it if they are functional.
 """
 
 import inspect
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule, Node
 
+from kvpass.deployment.guarded import Guarded
 from kvpass.deployment.modules import Named, Prefill, Step
 from kvpass.deployment.prompts import Prompts
 from kvpass.ir.program import STORED, KVProgram
@@ -46,6 +49,26 @@ def export_step(
     ids = torch.zeros(batch_size, 1 if module.decodes else TOKENS, dtype=torch.int64, device=module.device)
     axes: dict[int, object] = {} if module.decodes else {1: Dim.DYNAMIC(min=2, max=longest)}
     return _exported(module, {"input_ids": (ids, axes), **_state(module, layout, batch_size)})
+
+
+def export_guarded(
+    prefill: KVProgram, extend: KVProgram, layout: CacheLayout, prompts: Prompts, *, batch_size: int, capacity: int
+) -> ExportedProgram:
+    """Prefill and extend in one program over caches of `capacity` slots. See `Guarded`."""
+    step = Step(extend, batch_size, functional=True)
+    module = Guarded(Prefill(prefill, layout, prompts, batch_size), step)
+    shortest, longest = prompts.tokens[0], prompts.tokens[-1]
+    tokens = min(longest, 2 * shortest + TOKENS)
+    ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=step.device)
+    new_tokens = torch.full((batch_size,), tokens, device=step.device)
+    examples: dict[str, tuple[Tensor, dict[int, object]]] = {
+        "input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)}),
+        "new_tokens": (new_tokens, {}),
+    }
+    for name, (tensor, axes) in _state(step, layout, batch_size).items():
+        fixed = tensor.new_zeros(*tensor.shape[:2], capacity, *tensor.shape[3:]) if axes else tensor
+        examples[name] = (fixed, {})
+    return _exported(module, examples)
 
 
 def _state(module: Step, layout: CacheLayout, batch_size: int) -> Examples:
@@ -80,6 +103,36 @@ def _exported(module: nn.Module, examples: Examples) -> ExportedProgram:
     module.forward = named
     tensors, axes = zip(*examples.values(), strict=True)
     with torch.no_grad():
-        return export(
+        program = export(
             module, tensors, dynamic_shapes=axes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
         )
+    for part in program.graph_module.modules():  # branches, too
+        if isinstance(part, GraphModule):
+            _tidy(part)
+    return program
+
+
+def _tidy(module: GraphModule) -> None:
+    """Drop claims that a size is not 1, and write sums of sizes as files can hold them.
+
+    The claims are what tracing assumed, and no result depends on them: the shortest prompt that a press takes leaves a
+    single token beside its window.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default and node.args[0].target is torch.sym_not:
+            module.graph.erase_node(node)
+        elif node.target is torch.sym_sum:
+            (total, *terms), value = node.args[0], _value(node.args[0][0])
+            with module.graph.inserting_before(node):
+                for term in terms:
+                    value = value + _value(term)
+                    total = module.graph.call_function(operator.add, (total, term))
+                    total.meta["val"] = value
+            node.replace_all_uses_with(total)
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _value(size: Any) -> Any:
+    return size.meta["val"] if isinstance(size, Node) else size

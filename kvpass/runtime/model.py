@@ -149,6 +149,9 @@ class CompiledModel(nn.Module, GenerationMixin):
 
         format: "aot_inductor": one .pt2 file, compiled, the weights once; for C++ and Python. "exported_program": a
             folder with one file for `torch.export.load` per phase.
+        guard: "in_graph" makes one program of prefill and extend, in which `torch.cond` decides, over caches of
+            `capacity` slots (max_tokens by default), for runtimes with a single entry point. It cannot take fewer ids
+            than the press needs: single tokens come with padding, and cost as much as all of them.
         batch_size: rows, 1 by default; fixed. max_tokens: the longest prompt, by default what the model can read.
         progress: a function of a text, called before each step.
 
