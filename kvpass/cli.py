@@ -1,4 +1,4 @@
-"""The command line: `kvpass demo`, `bench`, `inspect`, `presses`, `calibrate`, `quality`."""
+"""The command line: `kvpass demo`, `bench`, `export`, `diff`, `inspect`, `presses`, `calibrate`, `quality`."""
 
 import importlib.metadata
 import textwrap
@@ -16,6 +16,8 @@ from kvpass.bench.run import Settings, run_bench
 from kvpass.bench.shapes import shape_names
 from kvpass.calibrate.run import run_calibrate
 from kvpass.demo.run import run_demo
+from kvpass.deployment.export import FORMATS
+from kvpass.deployment.run import ExportSettings, run_diff, run_export
 from kvpass.errors import InputError, KVPassError
 from kvpass.inspection.run import run_inspect
 from kvpass.press import Press
@@ -130,6 +132,54 @@ def bench(
             tuple(only or ()),
         )
         run_bench(Console(), settings, warm=warm, json_to=json, plot_to=plot)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help="A folder of transformers, a hub id, or smollm2.")],
+    out: Annotated[Path, typer.Option(help="The file (aot_inductor: .pt2) or folder to write.")],
+    format: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")] = "exported_program",
+    press: Annotated[str | None, typer.Option(help="See `kvpass presses`; none: nothing is dropped.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Fraction of key/value pairs to remove.")] = None,
+    target_size: Annotated[int | None, typer.Option(help="Instead of a ratio: pairs that a KV head keeps.")] = None,
+    guard: Annotated[str, typer.Option(help="host, or in_graph: one program that decides itself.")] = "host",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows, fixed.")] = 1,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="The longest prompt.")] = None,
+    capacity: Annotated[int | None, typer.Option(min=1, help="Slots per layer, for in_graph.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Of weights and cache.")] = DType.FLOAT32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Write a compressed model that runs without kvpass: programs of torch.export, or compiled ahead of time."""
+    with _errors_in_one_line():
+        settings = ExportSettings(
+            model,
+            press,
+            ratio,
+            target_size,
+            format,
+            out,
+            guard,
+            batch_size,
+            max_tokens,
+            capacity,
+            dtype.value,
+            device,
+        )
+        run_export(Console(), settings)
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(help="A package of `kvpass export`, or a file of torch.export.save.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    only: Annotated[str | None, typer.Option(help="One program, e.g. prefill.")] = None,
+) -> None:
+    """Show what two exported models differ in, line by line. Exits with 1 if they differ."""
+    with _errors_in_one_line():
+        changed = run_diff(before, after, only)
+        typer.echo(changed, nl=False)
+        if changed:
+            raise typer.Exit(1)
 
 
 @app.command()

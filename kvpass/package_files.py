@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,3 +57,16 @@ def check_files(folder: Path, expected: dict[str, str]) -> None:
 def versions() -> dict[str, str]:
     """The releases that what is written belongs to."""
     return {"kvpass": importlib.metadata.version("kvpass"), "torch": ".".join(torch.__version__.split(".")[:2])}
+
+
+def write_texts(texts: Mapping[str, str], folder: Path) -> None:
+    """Text files by their paths in a folder."""
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def bytes_of(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

@@ -21,7 +21,11 @@ OPTIONS = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so":
 
 
 def write(
-    programs: Mapping[str, ExportedProgram], manifest: Manifest, path: Path, progress: Callable[[str], None]
+    programs: Mapping[str, ExportedProgram],
+    manifest: Manifest,
+    texts: Mapping[str, str],
+    path: Path,
+    progress: Callable[[str], None],
 ) -> None:
     """Compile every phase and write all to one archive, whose name ends in .pt2."""
     made: dict[str, list[Path]] = {}
@@ -35,6 +39,8 @@ def write(
     for name, files in made.items():
         for file in files:
             archive.add(f"data/aotinductor/{name}/{file.name}", file.read_bytes())
+    for name, text in texts.items():
+        archive.add(f"extra/{name}", text.encode())
     weights = {name: archive.add_weights(_tensors(p)) for name, p in programs.items()}
     archive.finish(replace(manifest, weights=weights, records=archive.records, files=archive.digests))
 
@@ -52,6 +58,20 @@ def read_manifest(path: Path) -> Manifest:
     except (zipfile.BadZipFile, LookupError, UnicodeDecodeError) as error:
         raise PackageError(f"{path} is no complete package that CompiledModel.export wrote: {error}") from error
     return manifest
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """The files beside the manifest by their paths; none if it is not one of our archives."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            root = archive.namelist()[0].split("/")[0]
+            return {
+                name.removeprefix(f"{root}/extra/"): archive.read(name).decode()
+                for name in archive.namelist()
+                if name.startswith(f"{root}/extra/")
+            }
+    except (zipfile.BadZipFile, LookupError, UnicodeDecodeError):
+        return {}
 
 
 class Runner:

@@ -9,17 +9,22 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from kvpass.deployment.manifest import MANIFEST, Manifest
-from kvpass.package_files import digests
+from kvpass.package_files import digests, write_texts
 
 
 def write(
-    programs: Mapping[str, ExportedProgram], manifest: Manifest, path: Path, progress: Callable[[str], None]
+    programs: Mapping[str, ExportedProgram],
+    manifest: Manifest,
+    texts: Mapping[str, str],
+    path: Path,
+    progress: Callable[[str], None],
 ) -> None:
     """A folder with `<phase>.pt2` for `torch.export.load`, each complete, and the manifest."""
     path.mkdir()
     for name, program in programs.items():
         progress(f"writing {name}")
         torch.export.save(program, path / f"{name}.pt2")
+    write_texts(texts, path)
     (path / MANIFEST).write_text(replace(manifest, files=digests(path)).to_json())
 
 

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from kvpass.backends import streams_memory
 from kvpass.budget import Prompt
 from kvpass.deployment.deployed import DeployedModel, GuardedModel
+from kvpass.deployment.diff import TEXTS, program_text
 from kvpass.deployment.manifest import FORMAT, MANIFEST, LayerSpec, Manifest, PhaseSpec, phase_spec
 from kvpass.deployment.phases import export_guarded, export_prefill, export_step
 from kvpass.deployment.prompts import Prompts, prompts_of
@@ -42,26 +43,28 @@ def export_model(
     progress: Progress = lambda step: None,
 ) -> None:
     """See `CompiledModel.export`."""
-    if format not in FORMATS:
-        raise PackageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise PackageError(f"batch_size is {batch_size!r}, expected a number of rows, at least 1")
-    if format == "aot_inductor" and Path(path).suffix != ".pt2":
-        raise PackageError(f"{path}: an AOTInductor package is a file whose name ends in .pt2")
+    checked_options(path, format, guard, batch_size, capacity)
     longest = min(max_tokens or model._recipe.max_tokens, model._recipe.max_tokens)
-    if guard not in GUARDS:
-        raise PackageError(f"there is no guard {guard!r}; known are {', '.join(GUARDS)}")
-    if guard == "in_graph" and format != "exported_program":
-        raise PackageError("guard='in_graph' makes one program for other compilers; take format='exported_program'")
-    if guard == "host" and capacity is not None:
-        raise PackageError(f"capacity={capacity} is for guard='in_graph'; other programs take caches of any size")
     with new_target(path) as target:
         if guard == "in_graph":
             programs, phases = _guarded(model, batch_size, longest, capacity or longest, progress)
         else:
             programs, phases = _programs(model, format, batch_size, longest, progress)
         manifest = _manifest(model, format, guard, batch_size, phases)
-        _backend(format).write(programs, manifest, target, progress)
+        texts = {f"{TEXTS}/{name}.txt": program_text(program) for name, program in programs.items()}
+        _backend(format).write(programs, manifest, texts, target, progress)
+
+
+def checked_options(path: str | Path, format: str, guard: str, batch_size: int, capacity: int | None) -> None:
+    """Raises `PackageError` for options that do not go together, and for a target that is there."""
+    if format not in FORMATS:
+        raise PackageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise PackageError(f"batch_size is {batch_size!r}, expected a number of rows, at least 1")
+    if format == "aot_inductor" and Path(path).suffix != ".pt2":
+        raise PackageError(f"{path}: an AOTInductor package is a file whose name ends in .pt2")
+    if Path(path).exists():
+        raise PackageError(f"{path} exists; give another path, or remove it first")
 
 
 def is_exported(path: Path) -> bool:
@@ -82,6 +85,35 @@ def load_exported(path: Path) -> DeployedModel:
         raise PackageError(f"{path} was exported for {device}, which is not here; export the model for this machine")
     runner = _backend(manifest.kind).Runner(path, manifest)
     return (DeployedModel if manifest.guard == "host" else GuardedModel)(manifest, runner)
+
+
+def read_texts(path: str | Path) -> dict[str, str]:
+    """The programs of a package, or of a file that `torch.export.save` wrote, as text by name.
+
+    Raises `PackageError` for anything else.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise PackageError(f"{source} does not exist")
+    if source.is_file() and (texts := _stored_texts(source)):
+        return texts
+    if source.is_dir():
+        if not is_exported(source):
+            raise PackageError(f"{source} is no package that CompiledModel.export wrote")
+        return _stored_texts(source)
+    try:
+        return {"program": program_text(torch.export.load(source))}
+    except Exception as error:  # whatever torch finds wrong with a file
+        raise PackageError(f"{source} is neither a package nor a program of torch.export: {error}") from error
+
+
+def _stored_texts(path: Path) -> dict[str, str]:
+    """The programs of a package as text, by name; none if it is no package."""
+    if path.is_file():
+        found = _backend("aot_inductor").read_texts(path)
+    else:
+        found = {str(text.relative_to(path)): text.read_text() for text in sorted((path / TEXTS).glob("*.txt"))}
+    return {Path(name).stem: text for name, text in found.items() if name.startswith(f"{TEXTS}/")}
 
 
 def _programs(

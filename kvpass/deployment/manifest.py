@@ -122,7 +122,7 @@ def phase_spec(name: str, phase: str, tokens: Sequence[tuple[int, int]], program
         node.name: node.meta["val"] for node in program.graph.nodes if node.op in ("placeholder", "call_function")
     }
     given = [str(found) for found in program.graph_signature.user_inputs]
-    symbols = _symbols({name: values[name] for name in given})
+    symbols = input_symbols({name: values[name] for name in given})
     returned = [values[str(found)] for found in program.graph_signature.user_outputs]
     names: Mapping[str, int] = pytree.tree_unflatten(list(range(len(returned))), program.call_spec.out_spec)
     outputs = {name: returned[index] for name, index in names.items()}
@@ -144,22 +144,38 @@ def _phase(told: dict[str, Any]) -> PhaseSpec:
     return PhaseSpec(told["name"], told["phase"], tokens, specs("inputs"), specs("outputs"), tuple(told["writes"]))
 
 
-def _symbols(inputs: Mapping[str, Tensor]) -> dict[sympy.Symbol, sympy.Symbol]:
+def input_symbols(inputs: Mapping[str, Any]) -> dict[sympy.Symbol, sympy.Symbol]:
     """Names for the sizes of the inputs: S, and C_i for the slots of layer i."""
     found: dict[sympy.Symbol, sympy.Symbol] = {}
     for name, value in inputs.items():
-        for size in value.shape:
+        for size in getattr(value, "shape", ()):
             if isinstance(size, SYMBOLIC):
                 label = "S" if name == "input_ids" else f"C_{name.rpartition('_')[2]}"
                 found.setdefault(size.node.expr, sympy.Symbol(label, integer=True))
     return found
 
 
+def size_text(size: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> str:
+    """A size in these names: `S//2`."""
+    text = str(size.node.expr.xreplace(dict(symbols))) if isinstance(size, SYMBOLIC) else str(size)
+    while text.startswith("(") and _closes(text) == len(text) - 1:  # as torch prints a division
+        text = text[1:-1]
+    return text
+
+
+def _closes(text: str) -> int:
+    """Where the parenthesis at the beginning ends."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return place
+    return -1
+
+
 def _spec(name: str, value: Tensor, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> TensorSpec:
     role, _, layer = name.rpartition("_")
-    shape = tuple(
-        str(size.node.expr.xreplace(dict(symbols))) if isinstance(size, SYMBOLIC) else int(size) for size in value.shape
-    )
+    shape = tuple(size_text(size, symbols) if isinstance(size, SYMBOLIC) else int(size) for size in value.shape)
     numbered = layer.isdigit()
     dtype = str(value.dtype).removeprefix("torch.")
     return TensorSpec(name, role if numbered else name, int(layer) if numbered else None, dtype, shape)

@@ -6,6 +6,6 @@ Snapshots need the package expecttest; `EXPECTTEST_ACCEPT=1 pytest` writes the c
 """
 
 from kvpass.testing.presses import check_press, random_inputs
-from kvpass.testing.snapshots import assert_graph_diff, assert_pass_diff
+from kvpass.testing.snapshots import assert_exported_diff, assert_graph_diff, assert_pass_diff
 
-__all__ = ["assert_graph_diff", "assert_pass_diff", "check_press", "random_inputs"]
+__all__ = ["assert_exported_diff", "assert_graph_diff", "assert_pass_diff", "check_press", "random_inputs"]

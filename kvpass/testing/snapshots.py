@@ -1,5 +1,9 @@
 """Pin what the passes do to a graph."""
 
+from pathlib import Path
+
+from kvpass.deployment.diff import diff_text
+from kvpass.deployment.export import read_texts
 from kvpass.ir.form import Phase
 from kvpass.ir.printer import graph_diff
 from kvpass.ir.program import KVProgram
@@ -24,6 +28,20 @@ def assert_graph_diff(
 
     diff = model.graph_diff(layer, phase, only=only)
     assert_expected_inline("\n" + diff, expect, skip=1)
+
+
+def assert_exported_diff(before: str | Path, after: str | Path, expect: str, *, only: str | None = None) -> None:
+    """Assert what two exported models differ in, as `kvpass diff` shows it; `expect` as above.
+
+    before, after: packages of `CompiledModel.export`, or files of `torch.export.save`. `only`: one program, "prefill".
+    Raises `PackageError` for something else.
+    """
+    from expecttest import assert_expected_inline  # only tests have it
+
+    old, new = (
+        {name: text for name, text in read_texts(path).items() if only in (None, name)} for path in (before, after)
+    )
+    assert_expected_inline("\n" + diff_text(old, new), expect, skip=1)
 
 
 def assert_pass_diff(before: KVProgram, step: Pass, expect: str, *, layer: int | None = 0) -> KVProgram:
