@@ -15,7 +15,7 @@ from kvpass.deployment.deployed import DeployedModel, GuardedModel
 from kvpass.deployment.diff import TEXTS, program_text
 from kvpass.deployment.manifest import FORMAT, MANIFEST, LayerSpec, Manifest, PhaseSpec, phase_spec
 from kvpass.deployment.phases import export_guarded, export_prefill, export_step
-from kvpass.deployment.prompts import Prompts, prompts_of
+from kvpass.deployment.prompts import prompts_of
 from kvpass.errors import PackageError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
@@ -135,7 +135,7 @@ def _programs(
         progress(f"exporting {name}")
         steps = phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True)
         exported = export_prefill(_lowered(model, steps), layout, prompts, batch_size=batch_size)
-        add(name, Phase.PREFILL, _ranges(prompts, exported), exported)
+        add(name, Phase.PREFILL, prompts.ranges, exported)
     for phase, ends in ((Phase.EXTEND, (2, longest)), (Phase.DECODE, (1, 1))):
         progress(f"exporting {phase.value}")
         steps = phase_passes(phase, None, functional=functional, one_row=one_row and phase is Phase.DECODE)
@@ -166,15 +166,7 @@ def _guarded(
     prefill = _lowered(model, phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True))
     extend = _lowered(model, phase_passes(Phase.EXTEND, None, functional=True))
     program = export_guarded(prefill, extend, layout, prompts, batch_size=batch_size, capacity=capacity)
-    return {"model": program}, [phase_spec("model", "any", _ranges(prompts, program), program)]
-
-
-def _ranges(prompts: Prompts, program: ExportedProgram) -> list[tuple[int, int]]:
-    """The lengths that a program is for, without those that leave a single pair: they are kept whole."""
-    (ids,) = [node for node in program.graph.nodes if node.op == "placeholder" and node.name == "input_ids"]
-    size = ids.meta["val"].shape[1]
-    least = int(program.range_constraints[size.node.expr].lower)
-    return [(max(low, least), high) for low, high in prompts.ranges if high >= least]
+    return {"model": program}, [phase_spec("model", "any", prompts.ranges, program)]
 
 
 def _lowered(model: CompiledModel, steps: Any) -> KVProgram:

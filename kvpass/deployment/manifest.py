@@ -145,12 +145,14 @@ def _phase(told: dict[str, Any]) -> PhaseSpec:
 
 
 def input_symbols(inputs: Mapping[str, Any]) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Names for the sizes of the inputs: S, and C_i for the slots of layer i."""
+    """Names for the sizes of the inputs: S, C_i for the slots of layer i; of any other input its name and the axis."""
     found: dict[sympy.Symbol, sympy.Symbol] = {}
     for name, value in inputs.items():
-        for size in getattr(value, "shape", ()):
+        role, _, layer = name.rpartition("_")
+        for axis, size in enumerate(getattr(value, "shape", ())):
             if isinstance(size, SYMBOLIC):
-                label = "S" if name == "input_ids" else f"C_{name.rpartition('_')[2]}"
+                label = f"C_{layer}" if role in ("keys", "values", "positions") else f"{name}_{axis}"
+                label = "S" if (name, axis) == ("input_ids", 1) else label
                 found.setdefault(size.node.expr, sympy.Symbol(label, integer=True))
     return found
 

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from kvpass.deployment.guarded import Guarded
 from kvpass.deployment.modules import Named, Prefill, Step
 from kvpass.deployment.prompts import Prompts
+from kvpass.errors import PackageError
 from kvpass.ir.program import STORED, KVProgram
 from kvpass.runtime.layout import CacheLayout
 
@@ -34,11 +37,16 @@ Examples = Mapping[str, tuple[Tensor, dict[int, object]]]  # inputs by name, wit
 
 def export_prefill(program: KVProgram, layout: CacheLayout, prompts: Prompts, *, batch_size: int) -> ExportedProgram:
     """The functional prefill graph as a program of the ids alone."""
-    module = Prefill(program, layout, prompts, batch_size)
     shortest, longest = prompts.tokens[0], prompts.tokens[-1]
-    example = next((n for n in prompts.tokens if n >= 2 * shortest + TOKENS), longest)
-    ids = torch.zeros(batch_size, example, dtype=torch.int64, device=module.device)
-    return _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)})})
+    usual = [n for n in prompts.tokens if n >= 2 * shortest + TOKENS]
+    for tokens in usual[:1] or prompts.tokens[::-1]:
+        module = Prefill(program, layout, prompts, batch_size)
+        ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=module.device)
+        try:
+            return _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)})})
+        except ValueError as error:  # a short example can equal another size, e.g. the number of heads
+            refused = error
+    raise PackageError(f"no graph holds for all prompts of {prompts.ranges} tokens: {refused}")
 
 
 def export_step(
@@ -109,17 +117,27 @@ def _exported(module: nn.Module, examples: Examples) -> ExportedProgram:
     for part in program.graph_module.modules():  # branches, too
         if isinstance(part, GraphModule):
             _tidy(part)
+    _allow_all(program, examples)
     return program
 
 
-def _tidy(module: GraphModule) -> None:
-    """Drop claims that a size is not 1, and write sums of sizes as files can hold them.
+def _allow_all(program: ExportedProgram, examples: Examples) -> None:
+    """Give sizes the range that was asked for: tracing takes it that no size in between is 1, see `_tidy`."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        for axis, wanted in examples.get(node.name, (None, {}))[1].items():
+            symbol, asked = node.meta["val"].shape[axis].node.expr, getattr(wanted, "min", None)
+            if asked is not None:
+                program.range_constraints[symbol] = ValueRanges(asked, wanted.max)  # type: ignore[attr-defined]
 
-    The claims are what tracing assumed, and no result depends on them: the shortest prompt that a press takes leaves a
-    single token beside its window.
+
+def _tidy(module: GraphModule) -> None:
+    """Drop what tracing claims of sizes of inputs, and write sums of sizes as files can hold them.
+
+    It assumes that no size is 1, and no result depends on that: the shortest prompt that a press takes leaves a single
+    token beside its window, a chunk may leave one as well.
     """
     for node in list(module.graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default and node.args[0].target is torch.sym_not:
+        if node.target is torch.ops.aten._assert_scalar.default and not _depends_on_data(node.args[0]):
             module.graph.erase_node(node)
         elif node.target is torch.sym_sum:
             (total, *terms), value = node.args[0], _value(node.args[0][0])
@@ -132,6 +150,11 @@ def _tidy(module: GraphModule) -> None:
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _depends_on_data(claim: object) -> bool:
+    """Whether it is about a size that a table tells, of which compilers know nothing else."""
+    return isinstance(claim, Node) and bool(free_unbacked_symbols(claim.meta["val"]))
 
 
 def _value(size: Any) -> Any:
