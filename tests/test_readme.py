@@ -9,6 +9,7 @@ from models import captured_model, token_ids
 from safetensors import safe_open
 
 import kvpass
+from kvpass.deployment.export import FORMATS
 from kvpass.ir.form import Phase
 from kvpass.pipeline import capture_passes, phase_passes
 from kvpass.press_facts import facts_of, fields_of
@@ -98,6 +99,10 @@ def test_table_of_passes() -> None:
         name = "all" if len(where) == len(phases) else where[0]
         expected.append([f"`{step.name}`", step.requires.name, step.produces.name, name])
     assert [row[:4] for row in section("passes")] == expected
+
+
+def test_table_of_formats() -> None:
+    assert [row[0] for row in section("formats")] == [f"`{name}`" for name in FORMATS]
 
 
 def test_public_names_that_the_readme_uses_exist() -> None:

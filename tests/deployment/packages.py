@@ -24,21 +24,23 @@ NEW = 12
 
 @functools.cache
 def model_with(arch: str, press: str | None) -> CompiledModel:
-    return compiled_model(arch, press, ratio=0.5 if press else None)
+    model = compiled_model(arch, press, ratio=0.5 if press else None)
+    model.generation_config.eos_token_id = 255  # an id that the tiny models write now and then
+    return model
 
 
 @functools.cache
 def expected(arch: str, press: str | None, tokens: int) -> Tensor:
     """The prompt and the greedy text behind it, by the eager graphs."""
     model = model_with(arch, press)
-    ids: Tensor = model.generate(token_ids(1, tokens), max_new_tokens=NEW, do_sample=False, eos_token_id=255)
+    ids: Tensor = model.generate(token_ids(1, tokens), max_new_tokens=NEW, do_sample=False)
     return ids
 
 
 def check_greedy(model: Any, arch: str, press: str | None) -> None:
     """A deployed model continues prompts of all lengths as the eager graphs do."""
     for tokens in LENGTHS:
-        found = model.generate(token_ids(1, tokens), NEW, eos_token_id=255)
+        found = model.generate(token_ids(1, tokens), NEW)
         assert torch.equal(found, expected(arch, press, tokens)), tokens
 
 
