@@ -6,11 +6,11 @@ from kvpass.passes.accept_embeddings import AcceptEmbeddings
 from kvpass.passes.drop_noops import DropNoops
 from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.insert_kv_cache import InsertKVCache
-from kvpass.passes.keep_last_logits import KeepLastLogits
 from kvpass.passes.locate_attention import LocateAttention
 from kvpass.passes.lower_attention import LowerAttention
 from kvpass.passes.match_attention import MatchAttention
 from kvpass.passes.merge_attention import MergeAttention
+from kvpass.passes.narrow_to_last_token import NarrowToLastToken
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.return_cache import ReturnCache
@@ -57,14 +57,13 @@ def phase_passes(
         SpecializePhase(phase, press.min_tokens, press.example_tokens)
         if press
         else SpecializePhase(phase, one_row=one_row),
-        *((KeepLastLogits(),) if phase is Phase.PREFILL else ()),
         # the cache
         InsertKVCache(),
         # the press
         *((SplicePress(press, layers), SpliceEvict()) if press else ()),
         # lower
         ReturnCache() if functional else WriteCacheInPlace(),
-        *((LowerAttention(),) if phase is Phase.PREFILL else ()),
         *((AcceptEmbeddings(),) if embeddings else ()),
+        *((NarrowToLastToken(), LowerAttention()) if phase is Phase.PREFILL else ()),
         *((StreamCache(), StreamWeights()) if one_row else ()),
     )

@@ -14,10 +14,11 @@ from kvpass.pass_manager import PassManager
 from kvpass.passes.drop_noops import DropNoops
 from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.locate_attention import LocateAttention
+from kvpass.passes.narrow_to_last_token import NarrowToLastToken
 from kvpass.passes.normalize_attention import NormalizeAttention
 from kvpass.passes.prove_token_local import ProveTokenLocal
 from kvpass.passes.specialize_phase import SpecializePhase
-from kvpass.pipeline import capture_passes
+from kvpass.pipeline import capture_passes, phase_passes
 from kvpass.presses import ExpectedAttention, Knorm, SnapKV
 from kvpass.testing import assert_graph_diff, assert_pass_diff
 
@@ -183,20 +184,6 @@ def test_specialize_phase_for_a_prompt_changes_ranges_alone() -> None:
     assert graph_text(prompt).splitlines()[1:] == graph_text(located).splitlines()[1:]
 
 
-def test_keep_last_logits() -> None:
-    assert_graph_diff(
-        pressed(Knorm()),
-        """\
-
--linear_14: f32[B, S, 256] = linear(mul_20, lm_head.weight)
-+last: f32[B, 1, 64] = slice(mul_20, 1, -1, end)
-+linear_14: f32[B, 1, 256] = linear(last, lm_head.weight)
-""",
-        layer=None,
-        only="keep-last-logits",
-    )
-
-
 def test_insert_kv_cache_in_prefill() -> None:
     assert_graph_diff(
         pressed(Knorm()),
@@ -342,6 +329,44 @@ def test_write_cache_in_place_in_decode() -> None:
     )
 
 
+def test_narrow_to_last_token() -> None:
+    """Keys and values of the last layer stay as they are; its mask, a window, has one row."""
+    located = PassManager(capture_passes()).run(capture(PlainLM("causal", "window")))
+    before = PassManager(phase_passes(Phase.PREFILL, None)[:3]).run(located)
+    assert_pass_diff(
+        before,
+        NarrowToLastToken(),
+        """\
+
+-linear_4: f32[B, S, 32] = linear(add_2, layers.1.q_proj.weight)
+-transpose_4: f32[B, 4, S, 8] = transpose(reshape(linear_4, [B, S, 4, 8]), 1, 2)
++last_3: bool[1, S] = slice(__and__, 0, -1, end)
++last_1: f32[B, 1, 1, 8] = slice(unsqueeze_2, 2, -1, end)
++last_2: f32[B, 1, 1, 8] = slice(unsqueeze_3, 2, -1, end)
++last: f32[B, 1, 32] = slice(add_2, 1, -1, end)
++linear_4: f32[B, 1, 32] = linear(last, layers.1.q_proj.weight)
++transpose_4: f32[B, 4, 1, 8] = transpose(reshape(linear_4, [B, 1, 4, 8]), 1, 2)
+-mul_5: f32[B, 4, S, 8] = mul(transpose_4, unsqueeze_2)
+-neg_2: f32[B, 4, S, 4] = neg(slice(transpose_4, 3, 4, end))
+-cat_3: f32[B, 4, S, 8] = cat([neg_2, slice(transpose_4, 3, 0, 4)], -1)
+-mul_6: f32[B, 4, S, 8] = mul(cat_3, unsqueeze_3)
+-add_3: f32[B, 4, S, 8] = add(mul_5, mul_6)
++mul_5: f32[B, 4, 1, 8] = mul(transpose_4, last_1)
++neg_2: f32[B, 4, 1, 4] = neg(slice(transpose_4, 3, 4, end))
++cat_3: f32[B, 4, 1, 8] = cat([neg_2, slice(transpose_4, 3, 0, 4)], -1)
++mul_6: f32[B, 4, 1, 8] = mul(cat_3, last_2)
++add_3: f32[B, 4, 1, 8] = add(mul_5, mul_6)
+-attention_1: f32[B, 4, S, 8] = scaled_dot_product_attention(add_3, add_4, transpose(reshape(linear_6, [B, S, 2, 8]), 1, 2), __and__, 0, False, scale=None, enable_gqa=True)
+-linear_7: f32[B, S, 32] = linear(reshape(transpose(attention_1, 1, 2), [B, S, 32]), layers.1.o_proj.weight)
+-add_5: f32[B, S, 32] = add(add_2, linear_7)
++attention_1: f32[B, 4, 1, 8] = scaled_dot_product_attention(add_3, add_4, transpose(reshape(linear_6, [B, S, 2, 8]), 1, 2), last_3, 0, False, scale=None, enable_gqa=True)
++linear_7: f32[B, 1, 32] = linear(reshape(transpose(attention_1, 1, 2), [B, 1, 32]), layers.1.o_proj.weight)
++add_5: f32[B, 1, 32] = add(last, linear_7)
+""",
+        layer=1,
+    )
+
+
 def test_splice_press() -> None:
     assert_graph_diff(
         pressed(Knorm()),
@@ -386,8 +411,8 @@ def test_expected_attention_computes_the_mean_rotation_once() -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "extend", "decode"])
 def test_a_whole_layer_stays_readable(phase: str) -> None:
-    """All passes together change one layer by about 25 lines."""
-    diff = pressed(SnapKV()).graph_diff(layer=1, phase=phase)
+    """All passes together change one layer by about 25 lines; the last one of a prompt is narrowed as well."""
+    diff = pressed(SnapKV()).graph_diff(layer=0, phase=phase)
     assert 5 < len(diff.splitlines()) <= 27
 
 

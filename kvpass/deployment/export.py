@@ -61,6 +61,12 @@ def checked_options(path: str | Path, format: str, guard: str, batch_size: int, 
         raise PackageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise PackageError(f"batch_size is {batch_size!r}, expected a number of rows, at least 1")
+    if guard not in GUARDS:
+        raise PackageError(f"there is no guard {guard!r}; known are {', '.join(GUARDS)}")
+    if guard == "in_graph" and format != "exported_program":
+        raise PackageError("guard='in_graph' makes one program for other compilers; take format='exported_program'")
+    if guard == "host" and capacity is not None:
+        raise PackageError(f"capacity={capacity} is for guard='in_graph'; other programs take caches of any size")
     if format == "aot_inductor" and Path(path).suffix != ".pt2":
         raise PackageError(f"{path}: an AOTInductor package is a file whose name ends in .pt2")
     if Path(path).exists():

@@ -97,7 +97,7 @@ def attention(
     enable_gqa: bool = False,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention among the tokens of a prompt; sinks and slopes are [H], one number for each query head."""
+    """Attention of the last tokens of a prompt, or all; sinks and slopes are [H], one number for each query head."""
     return prompt_attention(
         query,
         key,
@@ -123,11 +123,12 @@ def prompt_attention(
     sinks: Tensor | None,
     slopes: Tensor | None,
 ) -> Tensor:
-    """What `kvpass::attention` computes, as plain tensor code: token i is query number i and key number i."""
+    """What `kvpass::attention` computes, as plain tensor code: the queries are those of the last tokens."""
     bias = None
     if slopes is not None:
         position = torch.arange(key.shape[2], device=query.device)
-        bias = distance_bias(slopes, position, position)
+        asking = position if query.shape[2] == key.shape[2] else position[key.shape[2] - query.shape[2] :]
+        bias = distance_bias(slopes, asking, position)
     columns = None if sinks is None else sinks[:, None, None]
     return attend(query, key, value, mask, scale=scale, softcap=softcap, sinks=columns, bias=bias, is_causal=is_causal)
 

@@ -1,7 +1,7 @@
 """Compute the fake value of every node of a graph."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from kvpass.ir.program import KVProgram
-from kvpass.ir.subgraph import call, reached_from
+from kvpass.ir.subgraph import call
 from kvpass.ir.symbols import SYMBOLIC
 
 
@@ -48,11 +48,10 @@ def _replace_by_constant(user: Node, size: Node) -> None:
     user.args, user.kwargs = map_arg((user.args, user.kwargs), constant)
 
 
-def refresh_values(program: KVProgram, changed: Node) -> None:
-    """Recompute the values of all that depends on `changed`, whose own value is right."""
-    stale = reached_from([changed], program.graph.nodes) - {changed}
+def refresh_values(program: KVProgram, changed: Iterable[Node]) -> None:
+    """Recompute the values of nodes whose arguments have changed."""
     with program.shapes.computing():
-        for node in sorted(node for node in stale if node.op == "call_function"):
+        for node in sorted(changed):
             node.meta["val"] = call(node, lambda source: source.meta["val"])
 
 

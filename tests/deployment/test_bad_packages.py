@@ -145,7 +145,7 @@ def test_the_capacity_of_a_guarded_package(tmp_path: Path) -> None:
     )
     loaded = kvpass.load(tmp_path / "package")
     logits, state = loaded.prefill(token_ids(1, 60))
-    with pytest.raises(CacheError, match=r"layer 0 holds 40 entries, 42 are needed; export with capacity="):
+    with pytest.raises(CacheError, match=r"layer 0 holds 40 entries, 41 are needed; export with capacity="):
         for _ in range(20):
             logits = loaded.append(logits.argmax(dim=-1), state)
 
