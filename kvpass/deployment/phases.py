@@ -16,6 +16,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
@@ -131,13 +132,13 @@ def _allow_all(program: ExportedProgram, examples: Examples) -> None:
 
 
 def _tidy(module: GraphModule) -> None:
-    """Drop what tracing claims of sizes of inputs, and write sums of sizes as files can hold them.
+    """Drop what tracing claims of sizes being greater than others, and write sums of sizes as files can hold them.
 
     It assumes that no size is 1, and no result depends on that: the shortest prompt that a press takes leaves a single
-    token beside its window, a chunk may leave one as well.
+    token beside its window, a chunk may leave one as well. That sizes are equal stays, for results do depend on it.
     """
     for node in list(module.graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default and not _depends_on_data(node.args[0]):
+        if node.target is torch.ops.aten._assert_scalar.default and _is_dispensable(node.args[0]):
             module.graph.erase_node(node)
         elif node.target is torch.sym_sum:
             (total, *terms), value = node.args[0], _value(node.args[0][0])
@@ -152,9 +153,11 @@ def _tidy(module: GraphModule) -> None:
     module.recompile()
 
 
-def _depends_on_data(claim: object) -> bool:
-    """Whether it is about a size that a table tells, of which compilers know nothing else."""
-    return isinstance(claim, Node) and bool(free_unbacked_symbols(claim.meta["val"]))
+def _is_dispensable(claim: object) -> bool:
+    """Whether it says no equality, nor anything of a size that a table tells, of which compilers know nothing else."""
+    if not isinstance(claim, Node) or free_unbacked_symbols(claim.meta["val"]):
+        return False
+    return not isinstance(claim.meta["val"].node.expr, sympy.Eq)
 
 
 def _value(size: Any) -> Any:
