@@ -61,10 +61,11 @@ def test_report_lists_passes_and_what_is_kept() -> None:
     model.prefill(token_ids(1, 80))
     report = model.report()
     assert list(report.kept) == [60, 60]
-    assert [record.name for record in report.passes["prefill"]][-4:] == [
+    assert [record.name for record in report.passes["prefill"]][-5:] == [
         "splice-press",
         "splice-evict",
         "write-cache-in-place",
+        "narrow-to-last-token",
         "lower-attention",
     ]
     assert all(record.matches > 0 for record in report.passes["prefill"][:-1])  # llama's attention is plain
