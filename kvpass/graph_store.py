@@ -96,7 +96,7 @@ class GraphStore:
 def store_of(model: object, *facts: object) -> GraphStore | None:
     """Where the graphs of a model are, as it is captured with these options; None if they cannot be stored."""
     root = os.environ.get(ENVIRONMENT) or str(cache_folder() / "graphs")
-    if root == "0" or any(os.environ.get(name) for name in LOOKS_AT_GRAPHS):
+    if root == "0" or passes_are_watched():
         return None
     if not isinstance(model, nn.Module) or not all(map(_is_well_known, model.modules())):
         return None
@@ -115,6 +115,11 @@ def store_of(model: object, *facts: object) -> GraphStore | None:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.device}".encode())
         digest.update(tensor.detach().flatten()[:16].to(torch.float64).cpu().numpy().tobytes())
     return GraphStore(Path(root) / digest.hexdigest()[:32], named)
+
+
+def passes_are_watched() -> bool:
+    """Whether somebody wants to see every pass run."""
+    return any(os.environ.get(name) for name in LOOKS_AT_GRAPHS)
 
 
 def name_of(steps: Sequence[Pass]) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
@@ -82,6 +82,12 @@ class SymbolicShapes:
     def fake(self, real: Tensor) -> Tensor:
         """The fake twin of a parameter or buffer, all sizes constant."""
         return cast(Tensor, self.fake_mode.from_tensor(real, static_shapes=True))
+
+    def twin(self, fake: Tensor) -> Tensor:
+        """Another fake tensor of these sizes, strides and type, without asking an operator; no view of a part."""
+        with in_kernel_invocation_manager(self.fake_mode):
+            meta = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device="meta")
+        return FakeTensor(self.fake_mode, meta, fake.device)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

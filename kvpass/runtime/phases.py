@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import Any
 
 from kvpass.backends import Runner, make_runner
-from kvpass.graph_store import GraphStore, name_of
+from kvpass.graph_store import GraphStore, name_of, passes_are_watched
 from kvpass.ir.form import Phase
 from kvpass.ir.program import STORED, KVProgram, Port
 from kvpass.pass_manager import Pass, PassManager, PassRecord
 from kvpass.pipeline import phase_passes
 from kvpass.press import Press
 
+SHARED = 2  # passes before the press; they ask it only how long its prompts are
 PrintIR = str | Callable[[str, str], None] | None
 
 
@@ -37,6 +38,7 @@ class PhaseGraphs:
     located: KVProgram
     store: GraphStore | None = None
     _built: dict[object, PhaseGraph] = field(default_factory=dict, init=False, repr=False)
+    _begun: dict[object, tuple[KVProgram, Sequence[PassRecord]]] = field(default_factory=dict, init=False, repr=False)
 
     def get(
         self,
@@ -67,8 +69,20 @@ class PhaseGraphs:
         name = name_of(steps) if self.store is not None and print_ir is None else None
         if self.store is not None and name is not None and (stored := self.store.load(name)) is not None:
             return stored
-        manager = PassManager(steps, print_ir=print_ir)
-        program = manager.run(self.located)
+        shared = 0 if print_ir is not None or passes_are_watched() else SHARED
+        program, before = self._begun_with(steps[:shared])
+        manager = PassManager(steps[shared:], print_ir=print_ir)
+        program, records = manager.run(program), [*before, *manager.records]
         if self.store is not None and name is not None:
-            self.store.save(name, program, manager.records)
-        return program, manager.records
+            self.store.save(name, program, records)
+        return program, records
+
+    def _begun_with(self, steps: Sequence[Pass]) -> tuple[KVProgram, Sequence[PassRecord]]:
+        """What the first passes make of the located graph, once for all presses that have them in common."""
+        key = tuple(steps)
+        if not key:
+            return self.located, ()
+        if key not in self._begun:
+            manager = PassManager(steps)
+            self._begun[key] = (manager.run(self.located), manager.records)
+        return self._begun[key]
