@@ -1,6 +1,6 @@
 """What a program assumes of the sizes of its inputs, tried for all prompts that it is for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,24 +16,19 @@ def broken_assumption(program: ExportedProgram, lengths: Iterable[int]) -> str |
 
     Torch checks them when it runs the program; other runtimes drop them, and would compute something else.
     """
-    claims = [node for node in program.graph.nodes if node.target is aten._assert_scalar.default]
+    claims = {n.args[1]: n for n in program.graph.nodes if n.target is aten._assert_scalar.default}  # layers are alike
+    (ids,) = program.graph.find_nodes(op="placeholder", target="input_ids")
+    tensors = _tensors(program)
     for tokens in lengths:
-        value = _values(program, tokens)
-        for claim in claims:
+        value = _values(tensors, ids, tokens)
+        for claim in claims.values():
             if not value(claim.args[0]):
                 return f"for {tokens} tokens: {claim.args[1]}"
     return None
 
 
-def _values(program: ExportedProgram, tokens: int) -> Callable[[Any], Any]:
+def _values(tensors: Mapping[str, Any], ids: Node, tokens: int) -> Callable[[Any], Any]:
     """Values of nodes that follow from the number of tokens and from the program's own tensors."""
-    signature = program.graph_signature
-    owned = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    tensors = {**program.constants, **program.state_dict}
     known: dict[Node, Any] = {}
 
     def value(node: Any) -> Any:
@@ -41,8 +36,8 @@ def _values(program: ExportedProgram, tokens: int) -> Callable[[Any], Any]:
             return node
         if node not in known:
             if node.op == "placeholder":
-                known[node] = tensors[owned[node.name]]
-            elif node.target is aten.sym_size.int and node.args == (_ids(program), 1):
+                known[node] = tensors[node.name]
+            elif node.target is aten.sym_size.int and node.args == (ids, 1):
                 known[node] = tokens
             else:
                 target: Any = node.target
@@ -52,7 +47,13 @@ def _values(program: ExportedProgram, tokens: int) -> Callable[[Any], Any]:
     return value
 
 
-def _ids(program: ExportedProgram) -> Node:
-    (ids,) = [node for node in program.graph.nodes if node.op == "placeholder" and node.name == "input_ids"]
-    found: Node = ids
-    return found
+def _tensors(program: ExportedProgram) -> dict[str, Any]:
+    """The program's own tensors by the names of their placeholders."""
+    signature = program.graph_signature
+    named = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    held = {**program.constants, **program.state_dict}
+    return {placeholder: held[name] for placeholder, name in named.items()}
