@@ -26,7 +26,7 @@ from kvpass.registry import press_text
 from kvpass.runtime.model import CompiledModel
 
 Progress = Callable[[str], None]
-FORMATS = ("exported_program", "aot_inductor")
+FORMATS = ("exported_program", "aot_inductor", "onnx")
 GUARDS = ("host", "in_graph")  # who decides whether a prompt is compressed
 FUNCTIONAL = ("onnx", "tensorrt")  # take no graph that writes to its inputs
 

@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from kvpass.deployment.assumptions import broken_assumption
 from kvpass.deployment.guarded import Guarded
 from kvpass.deployment.modules import Named, Prefill, Step
 from kvpass.deployment.prompts import Prompts
@@ -40,13 +41,17 @@ def export_prefill(program: KVProgram, layout: CacheLayout, prompts: Prompts, *,
     """The functional prefill graph as a program of the ids alone."""
     shortest, longest = prompts.tokens[0], prompts.tokens[-1]
     usual = [n for n in prompts.tokens if n >= 2 * shortest + TOKENS]
-    for tokens in usual[:1] or prompts.tokens[::-1]:
+    for tokens in usual[:3] or prompts.tokens[::-1]:
         module = Prefill(program, layout, prompts, batch_size)
         ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=module.device)
         try:
-            return _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)})})
+            made = _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)})})
         except ValueError as error:  # a short example can equal another size, e.g. the number of heads
-            refused = error
+            refused = str(error)
+            continue
+        if (assumed := broken_assumption(made, prompts.tokens)) is None:
+            return made
+        refused = assumed  # a part of the example was a single token, say
     raise PackageError(f"no graph holds for all prompts of {prompts.ranges} tokens: {refused}")
 
 
