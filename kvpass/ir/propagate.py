@@ -54,7 +54,8 @@ class _Memory:
 def _described(value: Any) -> Hashable:
     """What the shape of an operator's result depends on."""
     if isinstance(value, Tensor):
-        return (value.dtype, value.device, value.is_conj(), value.is_neg(), *map(expression, (*value.shape, *value.stride(), value.storage_offset())))
+        kind = (value.dtype, value.device, value.is_conj(), value.is_neg())
+        return (*kind, *map(expression, (*value.shape, *value.stride(), value.storage_offset())))
     if isinstance(value, list | tuple):
         return (type(value), *map(_described, value))
     if isinstance(value, dict):
