@@ -124,6 +124,15 @@ def test_code_runs_with_the_sizes_it_was_made_for(
         assert run.compiled == compiled
 
 
+def test_a_size_that_is_1_inside(llamas: list[kvpass.CapturedModel]) -> None:
+    """Behind 4 sinks 5 tokens leave one, which is a constant to a compiler; 41 do not."""
+    press = "expected_attention(n_sink=4)"
+    expected, found = (kvpass.compile(llamas[0], press, 0.5, backend=backend) for backend in ("eager", "inductor"))
+    for tokens in (5, 41, 5):
+        ids = token_ids(2, tokens)
+        torch.testing.assert_close(found.prefill(ids).logits, expected.prefill(ids).logits)
+
+
 def test_sizes_that_only_data_tell() -> None:
     """Are left to torch.compile, as other backends are."""
     program = lowered(captured_model("llama"), Phase.DECODE)

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -17,6 +17,7 @@ from kvpass.backends.regions import Region, Regions, cut_regions
 from kvpass.ir.program import STORED, KVProgram, Role
 from kvpass.ir.symbols import Size, SymbolicShapes, expression
 
+G = TypeVar("G", bound="Guarded")
 REMEMBERED = 256  # combinations of sizes whose code is kept at hand
 _shape_of = operator.attrgetter("shape")
 
@@ -60,15 +61,28 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A compiled region, good for sizes that `guards` allow, which call them n0, n1, ..."""
+class Guarded:
+    """What was found out for some sizes, good for all that `guards` allow, which call them n0, n1, ..."""
 
-    run: Callable[..., Sequence[Tensor]]
     guards: tuple[Any, ...]
 
     def allows(self, sizes: Sequence[int]) -> bool:
         values = {name: sympy.Integer(size) for name, size in zip(_names(sizes), sizes, strict=True)}
         return all(bool(guard.xreplace(values)) for guard in self.guards)
+
+
+@dataclass(frozen=True)
+class Piece(Guarded):
+    """A compiled region."""
+
+    run: Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Left(Guarded):
+    """What kinds of tensors a region leaves, its sizes being n0, n1, ..."""
+
+    kinds: tuple[Kind, ...]
 
 
 class RegionalGraph:
@@ -90,7 +104,7 @@ class RegionalGraph:
                 if isinstance(size, SymInt) and size.node.expr.is_Symbol:
                     self._where.setdefault(size.node.expr, (i, axis))
         self._pieces: dict[object, list[Piece]] = {}  # by the text of a region and the kinds that it reads
-        self._leaves: dict[object, tuple[Kind, ...]] = {}  # what kinds it leaves, its sizes being n0, n1, ...
+        self._left: dict[object, list[Left]] = {}  # by the same
         self._joined: dict[tuple[int, ...], Callable[..., tuple[Tensor, ...]]] = {}  # by the pieces in their order
         self._ready: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}
 
@@ -127,36 +141,37 @@ class RegionalGraph:
             names = dict(zip(region.sizes, _names(region.sizes), strict=True))
             reads = tuple(kinds[node].replaced(names) for node in region.reads)
             own, hints = ([given[symbol] for symbol in region.sizes] for given in (sizes, distinct))
-            pieces.append(self._piece(region, own, hints, reads))
-            if (region.text, reads) not in self._leaves:
-                self._leaves[region.text, reads] = _left(region, hints, reads)
+            key = (region.text, reads)
+            compiled = partial(_compiled, region, reads=reads, options=self.options)
+            pieces.append(_allowed(self._pieces.setdefault(key, []), own, hints, compiled))
+            left = _allowed(self._left.setdefault(key, []), own, hints, partial(_left, region, reads=reads))
             back = {name: constant.get(symbol, symbol) for symbol, name in names.items()}
-            left = (kind.replaced(back) for kind in self._leaves[region.text, reads])
-            kinds |= dict(zip(region.leaves, left, strict=True))
+            kinds |= dict(zip(region.leaves, (kind.replaced(back) for kind in left.kinds), strict=True))
         return pieces
 
-    def _piece(self, region: Region, sizes: list[int], distinct: list[int], reads: tuple[Kind, ...]) -> Piece:
-        """The code of a region for these sizes, compiled if none is there."""
-        known = self._pieces.setdefault((region.text, reads), [])
-        for piece in known:
-            if piece.allows(sizes):
-                return piece
-        # Sizes that are equal by accident are compiled as different ones, if the code can be used for both.
-        for hints in (distinct, sizes):
-            known.append(_compiled(region, hints, reads, self.options))
-            if known[-1].allows(sizes):
-                return known[-1]
-        raise AssertionError(f"what inductor compiled for the sizes {sizes} does not allow them")
+
+def _allowed(known: list[G], sizes: list[int], distinct: list[int], make: Callable[[Sequence[int]], G]) -> G:
+    """That of the `known` ones which is good for these sizes, made if none is there."""
+    for found in known:
+        if found.allows(sizes):
+            return found
+    # Sizes that are equal by accident are taken for different ones, if the result can be used for both.
+    for hints in (distinct, sizes):
+        known.append(make(hints))
+        if known[-1].allows(sizes):
+            return known[-1]
+    raise AssertionError(f"what was made for the sizes {sizes} does not allow them")
 
 
-def _left(region: Region, hints: Sequence[int], reads: Sequence[Kind]) -> tuple[Kind, ...]:
-    """What kinds of tensors a region leaves."""
+def _left(region: Region, hints: Sequence[int], *, reads: Sequence[Kind]) -> Left:
     inputs = _Inputs.of(hints, reads)
     with inputs.shapes.computing():
-        return tuple(Kind.of(tensor).replaced(inputs.names) for tensor in region.module(*inputs.values))
+        kinds = tuple(Kind.of(tensor).replaced(inputs.names) for tensor in region.module(*inputs.values))
+    # Equalities put other sizes into the result; that two sizes differ is asked for strides, and need not be true.
+    return Left(tuple(guard for guard in inputs.guards() if isinstance(guard, sympy.Eq)), kinds)
 
 
-def _compiled(region: Region, hints: Sequence[int], reads: Sequence[Kind], options: Mapping[str, Any]) -> Piece:
+def _compiled(region: Region, hints: Sequence[int], *, reads: Sequence[Kind], options: Mapping[str, Any]) -> Piece:
     inputs = _Inputs.of(hints, reads)
     module = copy.deepcopy(region.module)
     if all(kind.device.type == "cpu" for kind in reads):
@@ -165,7 +180,7 @@ def _compiled(region: Region, hints: Sequence[int], reads: Sequence[Kind], optio
         module.recompile()
     with torch.no_grad():
         run = torch._inductor.compile(module, list(inputs.values), dict(options))
-    return Piece(run, tuple(guard.expr.xreplace(inputs.names) for guard in inputs.shapes.shape_env.guards))
+    return Piece(inputs.guards(), run)
 
 
 @dataclass(frozen=True)
@@ -183,6 +198,10 @@ class _Inputs:
         there = dict(zip(_names(hints), map(expression, sizes), strict=True))
         tensors = [kind.replaced(there).fake(shapes) for kind in reads]
         return cls(shapes, (*sizes, *tensors), {value: name for name, value in there.items() if value.is_Symbol})
+
+    def guards(self) -> tuple[Any, ...]:
+        """What was taken of the sizes since."""
+        return tuple(guard.expr.xreplace(self.names) for guard in self.shapes.shape_env.guards)
 
 
 def _joined(

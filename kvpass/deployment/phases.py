@@ -41,7 +41,7 @@ def export_prefill(program: KVProgram, layout: CacheLayout, prompts: Prompts, *,
     """The functional prefill graph as a program of the ids alone."""
     shortest, longest = prompts.tokens[0], prompts.tokens[-1]
     usual = [n for n in prompts.tokens if n >= 2 * shortest + TOKENS]
-    for tokens in usual[:3] or prompts.tokens[::-1]:
+    for tokens in [usual[0], usual[-1], usual[len(usual) // 2]] if usual else prompts.tokens[::-1]:
         module = Prefill(program, layout, prompts, batch_size)
         ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=module.device)
         try:
