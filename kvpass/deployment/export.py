@@ -21,12 +21,13 @@ from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
 from kvpass.package_files import check_files, new_target
 from kvpass.pass_manager import PassManager
+from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
 from kvpass.pipeline import phase_passes
 from kvpass.registry import press_text
 from kvpass.runtime.model import CompiledModel
 
 Progress = Callable[[str], None]
-FORMATS = ("exported_program", "aot_inductor")
+FORMATS = ("exported_program", "aot_inductor", "tensorrt")
 GUARDS = ("host", "in_graph")  # who decides whether a prompt is compressed
 FUNCTIONAL = ("onnx", "tensorrt")  # take no graph that writes to its inputs
 
@@ -139,12 +140,19 @@ def _programs(
     for number, prompts in enumerate(prompts_of(recipe.press, recipe.budget, len(layout.layers), longest)):
         name = f"prefill_{number + 1}" if number else "prefill"
         progress(f"exporting {name}")
-        steps = phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True)
+        tensorrt = LowerForTensorRT(longest, prompts.greatest(len(layout.layers))) if format == "tensorrt" else None
+        steps = phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True, tensorrt=tensorrt)
         exported = export_prefill(_lowered(model, steps), layout, prompts, batch_size=batch_size)
         add(name, Phase.PREFILL, prompts.ranges, exported)
     for phase, ends in ((Phase.EXTEND, (2, longest)), (Phase.DECODE, (1, 1))):
         progress(f"exporting {phase.value}")
-        steps = phase_passes(phase, None, functional=functional, one_row=one_row and phase is Phase.DECODE)
+        steps = phase_passes(
+            phase,
+            None,
+            functional=functional,
+            one_row=one_row and phase is Phase.DECODE,
+            tensorrt=LowerForTensorRT(longest) if format == "tensorrt" else None,
+        )
         exported = export_step(
             _lowered(model, steps), layout, batch_size=batch_size, longest=longest, functional=functional
         )
