@@ -1,5 +1,6 @@
 """Write what TensorRT has no form for as what it has."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -41,13 +42,13 @@ class LowerForTensorRT(Pass):
     def run(self, program: KVProgram) -> int:
         _refuse_writes(program)
         builder, matches = GraphBuilder(program, self.name), 0
+        for node in reversed(program.graph.nodes):  # the last of those that make a number first: it is the table
+            if node.target in BITWISE and node.users and self._tabulate(builder, node):
+                matches += 1
+                program.drop_dead()
         for node in tuple(program.graph.nodes):
-            if node.op != "call_function":
-                continue
             if node.target is aten.topk.default:
                 matches += self._select(builder, node)
-            elif node.target in TABLES:
-                matches += self._tabulate(builder, node)
             elif (rule := RULES.get(node.target)) is not None and (written := rule(node)) is not None:
                 function, inputs = written
                 _replace(builder, node, function, inputs)
@@ -70,7 +71,8 @@ class LowerForTensorRT(Pass):
         assert isinstance(source, Node) and isinstance(size_axis, int)
 
         def selected(values: Tensor, sized: Tensor) -> tuple[Tensor, ...]:
-            return tuple(part[..., : sized.shape[size_axis]] for part in code.top(values, most))
+            first = torch.arange(sized.shape[size_axis], device=values.device)  # a slice would compare it with `most`
+            return tuple(part.index_select(-1, first) for part in code.top(values, most))
 
         parts = builder.inline(selected, [values, source], names=["top", "top_index"], layer=layer_of(node), like=node)
         for user in tuple(node.users):
@@ -85,13 +87,13 @@ class LowerForTensorRT(Pass):
         source = count.args[0] if count.target is aten.sym_size.int else None
         return self.most.get(keys.get(str(source.target), "")) if isinstance(source, Node) else None
 
-    def _tabulate(self, builder: GraphBuilder, node: Node) -> int:
+    def _tabulate(self, builder: GraphBuilder, node: Node) -> bool:
         """Whole numbers that depend on the place of a token alone, counted beforehand for the longest prompt."""
         program, subgraph = builder.program, Subgraph((), (node,))
         value, tokens = node.meta["val"], program.shapes["S"]
         axes = [i for i, size in enumerate(value.shape) if program.shapes.text(size) == "S"]
         if subgraph.leaves() or len(axes) != 1 or isinstance(tokens, int):
-            return 0
+            return False
         (axis,) = axes
 
         def counted(length: int) -> Tensor:
@@ -99,17 +101,21 @@ class LowerForTensorRT(Pass):
 
         table = counted(self.longest)
         if any(not torch.equal(counted(n), table.narrow(axis, 0, n)) for n in (3, self.longest - 1)):
-            return 0
+            return False
         ids = program.input_node(Role.INPUT_IDS)
         constant = builder.constant(f"counted_{node.name}", table, layer_of(node))
         _replace(builder, node, lambda table, ids: table.narrow(axis, 0, ids.shape[1]), [constant, ids])
-        return 1
+        return True
 
 
 def _replace(builder: GraphBuilder, node: Node, function: Callable[..., Tensor], inputs: Sequence[Node]) -> None:
-    name = str(node.target).split(".")[1]
+    name = str(node.target).split(".")[1].strip("_")
     (new,) = builder.inline(function, inputs, names=[f"{name}_exact"], layer=layer_of(node), like=node)
-    node.replace_all_uses_with(new)
+    if isinstance(node.meta["val"], Tensor):
+        node.replace_all_uses_with(new)
+    for first in tuple(node.users):  # of the outputs of which only the first is read
+        first.replace_all_uses_with(new)
+        builder.program.graph.erase_node(first)
     builder.program.graph.erase_node(node)
 
 
@@ -204,6 +210,42 @@ def _argsort(node: Node) -> Written:
     return code.along(_axis(node), lambda values: code.order(values, descending=descending)), [values]
 
 
+def _sort(node: Node) -> Written | None:
+    if not _first_alone(node):
+        return None
+    values, descending = node.all_input_nodes[0], bool(argument(node, "descending"))
+    return code.along(_axis(node), lambda values: code.sort(values, descending=descending)), [values]
+
+
+def _median(node: Node) -> Written | None:
+    if not _first_alone(node):
+        return None
+    (values,), keepdim, axis = node.all_input_nodes, argument(node, "keepdim"), _axis(node)
+    found = code.along(axis, code.median)
+    return lambda values: found(values) if keepdim else found(values).squeeze(axis), [values]
+
+
+def _first_alone(node: Node) -> bool:
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+
+
+def _divide(node: Node) -> Written | None:
+    """Of whole numbers, which TensorRT would round."""
+    numbers = [n for n in node.args if isinstance(n, Node) and isinstance(n.meta["val"], Tensor)]
+    if any(n.meta["val"].is_floating_point() for n in numbers) or len(numbers) != sum(
+        isinstance(n, Node) for n in node.args
+    ):
+        return None
+    dtype, args = node.meta["val"].dtype, node.args
+
+    def divided(*tensors: Tensor) -> Tensor:
+        rest = iter(tensors)
+        top, bottom = (next(rest).to(dtype) if isinstance(n, Node) else n for n in args)
+        return torch.div(top, bottom)  # type: ignore[arg-type]
+
+    return divided, numbers
+
+
 Rule = Callable[[Node], Written | None]
 RULES: Mapping[object, Rule] = {
     aten.gather.default: _gather,
@@ -217,5 +259,9 @@ RULES: Mapping[object, Rule] = {
     aten.var.correction: _variance,
     aten.argsort.stable: _argsort,
     aten.argsort.default: _argsort,
+    aten.sort.default: _sort,
+    aten.sort.stable: _sort,
+    aten.median.dim: _median,
+    aten.div.Tensor: _divide,
 }
-TABLES = {aten.__xor__.Tensor, aten.bitwise_xor.Tensor}
+BITWISE = {aten.__xor__.Tensor, aten.bitwise_xor.Tensor}

@@ -58,3 +58,8 @@ def register(trt: Any) -> None:
     def sym_max(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
         """As there is sym_min."""
         return impl.elementwise.max(ctx, target, source, name, args[0], args[1])
+
+    @converter(aten._local_scalar_dense.default)
+    def read(ctx: Any, target: Any, args: Any, kwargs: Any, name: str) -> Any:
+        """A count that a table gives, as a size."""
+        return impl.shuffle.reshape(ctx, target, source, name, args[0], (1,))
