@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvpass.errors import VerificationError
+from kvpass.errors import PressError, VerificationError
 from kvpass.ir import tensorrt_code as code
 from kvpass.ir.builder import GraphBuilder
 from kvpass.ir.form import Form
@@ -28,8 +28,8 @@ class LowerForTensorRT(Pass):
     before:  topk_0: f32[B, 2, N] = topk(scores_0, N)[0]
     after:   top_0: f32[B, 2, N] = topk(cat([scores_0, -inf]), 150)[0][..., :N]          # prompts of up to 300 tokens
 
-    TensorRT drops a write to an input without a word, so a graph that has one is refused. What has no form at all (a
-    loop, a Cholesky factor) stays as it is, and whoever builds the engine says so.
+    TensorRT drops a write to an input without a word, so a graph that has one is refused; so is one with a loop or a
+    Cholesky factor, which it has no form for.
     """
 
     name: ClassVar[str] = "lower-for-tensorrt"
@@ -38,9 +38,16 @@ class LowerForTensorRT(Pass):
 
     longest: int  # prompt
     most: Mapping[str, int] = field(default_factory=dict)  # the greatest value of each size that the press counts
+    press: str = "no press"  # for messages
 
     def run(self, program: KVProgram) -> int:
         _refuse_writes(program)
+        if missing := without_form(program):
+            node, what = missing[0]
+            raise PressError(
+                f"{self.press}: layer {layer_of(node)}: TensorRT has no {what} ({node.name} = {node.target}); take "
+                "another press, or another format, which runs it as it is"
+            )
         builder, matches = GraphBuilder(program, self.name), 0
         for node in reversed(program.graph.nodes):  # the last of those that make a number first: it is the table
             if node.target in BITWISE and node.users and self._tabulate(builder, node):
@@ -108,6 +115,12 @@ class LowerForTensorRT(Pass):
         return True
 
 
+def without_form(program: KVProgram) -> list[tuple[Node, str]]:
+    """The nodes that TensorRT cannot take in any form, and what they are."""
+    named = [(node, getattr(node.target, "__name__", "").split(".")[0]) for node in program.graph.nodes]
+    return [(node, NO_FORM[name]) for node, name in named if name in NO_FORM]
+
+
 def _replace(builder: GraphBuilder, node: Node, function: Callable[..., Tensor], inputs: Sequence[Node]) -> None:
     name = str(node.target).split(".")[1].strip("_")
     (new,) = builder.inline(function, inputs, names=[f"{name}_exact"], layer=layer_of(node), like=node)
@@ -121,19 +134,18 @@ def _replace(builder: GraphBuilder, node: Node, function: Callable[..., Tensor],
 
 def _refuse_writes(program: KVProgram) -> None:
     for node in program.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable:
-                raise VerificationError(
-                    f"{node.name} = {node.target} writes to {node.args[0]}, which TensorRT would drop; lower for it "
-                    "behind passes that leave functions (phase_passes(functional=True))"
-                )
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise VerificationError(
+                f"{node.name} = {node.target} writes to {node.args[0]}, which TensorRT would drop; lower for it behind "
+                "passes that leave functions (phase_passes(functional=True))"
+            )
 
 
 def _axis(node: Node, name: str = "dim") -> int:
     """The axis that an operator works along, from the front."""
     axis, source = argument(node, name), node.args[0]
     assert isinstance(axis, int) and isinstance(source, Node)
-    return axis % source.meta["val"].dim()
+    return axis % int(source.meta["val"].dim())
 
 
 def _gather(node: Node) -> Written:
@@ -263,5 +275,17 @@ RULES: Mapping[object, Rule] = {
     aten.sort.stable: _sort,
     aten.median.dim: _median,
     aten.div.Tensor: _divide,
+}
+NO_FORM = {
+    "while_loop": "loop of torch",
+    "cond": "condition of torch",
+    "linalg_cholesky_ex": "Cholesky factor",
+    "linalg_cholesky": "Cholesky factor",
+    "linalg_solve": "solution of linear equations",
+    "linalg_solve_triangular": "solution of linear equations",
+    "linalg_inv": "inverse matrix",
+    "linalg_svd": "singular values",
+    "linalg_eigh": "eigenvalues",
+    "linalg_qr": "QR factors",
 }
 BITWISE = {aten.__xor__.Tensor, aten.bitwise_xor.Tensor}

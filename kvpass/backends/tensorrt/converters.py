@@ -1,11 +1,13 @@
 """Converters of our own, where those of torch_tensorrt refuse a flavour, or forget a type or a size."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 aten = torch.ops.aten
+Converter = Callable[[Any, Any, Any, Any, str], Any]  # context, operator, arguments, keyword arguments, name
 
 
 def register(trt: Any) -> None:
@@ -17,10 +19,14 @@ def register(trt: Any) -> None:
     source = utils.SourceIR.ATEN
     high = registry.ConverterPriority.HIGH
 
-    def converter(target: Any, validator: Any = None) -> Any:
-        return registry.dynamo_tensorrt_converter(
-            target, priority=high, supports_dynamic_shapes=True, capability_validator=validator
-        )
+    def converter(target: Any, validator: Any = None) -> Callable[[Converter], Converter]:
+        def decorate(function: Converter) -> Converter:
+            registered: Converter = registry.dynamo_tensorrt_converter(
+                target, priority=high, supports_dynamic_shapes=True, capability_validator=validator
+            )(function)
+            return registered
+
+        return decorate
 
     def dtype_of(node: Any) -> Any:
         return enums.dtype._from(node.meta["val"].dtype).to(trt.DataType)

@@ -46,8 +46,7 @@ class _Evaluation:
         values = dict(inputs)
         for layer in self._ordered(values):
             given = [
-                None if (tensor := layer.get_input(i)) is None else values[tensor.name]
-                for i in range(layer.num_inputs)
+                None if (tensor := layer.get_input(i)) is None else values[tensor.name] for i in range(layer.num_inputs)
             ]
             for index, value in enumerate(self._outputs(layer, given)):
                 tensor = layer.get_output(index)

@@ -69,7 +69,7 @@ def _without_cuda() -> Iterator[None]:
         return not ("torch_tensorrt" in str(path) and "libtorchtrt" in str(path)) and is_file(path)
 
     if not hasattr(torch._C, "_CudaDeviceProperties"):  # in an annotation
-        torch._C._CudaDeviceProperties = type("_CudaDeviceProperties", (), {})  # type: ignore[misc]
+        torch._C._CudaDeviceProperties = type("_CudaDeviceProperties", (), {})  # type: ignore[misc, assignment]
     with (
         mock.patch("os.path.isfile", hide_native),
         mock.patch("torch.cuda.get_device_capability", lambda *_, **__: (8, 9)),
