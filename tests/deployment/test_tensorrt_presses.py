@@ -1,12 +1,13 @@
 """Every press on TensorRT: as a network that computes eager's numbers and is built, or refused with a reason."""
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 from deployment.tensorrt_cases import LONGEST, check_prompt, needs_tensorrt, prefills
-from models import compiled_model
 from presses.catalogue import press_by_name
+from tiny_models import tiny_model
 
 import kvpass
 from kvpass.deployment.prompts import prompts_of
@@ -21,9 +22,15 @@ REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observe
 OURS = [name for name, cls in kvpass.registered_presses().items() if cls.__module__.startswith("kvpass.")]
 
 
+@functools.cache
+def one_layer() -> kvpass.CapturedModel:
+    """Enough for a press: it says the same of every layer."""
+    return kvpass.capture_model(tiny_model("llama", num_hidden_layers=1))
+
+
 def model_with(name: str) -> kvpass.CompiledModel:
-    press = press_by_name(name, 2)
-    return compiled_model("llama", press, ratio=0.5 if press.needs_budget else None)
+    press = press_by_name(name, 1)
+    return kvpass.compile(one_layer(), press, 0.5 if press.needs_budget else None, backend="eager")
 
 
 @needs_tensorrt
@@ -43,9 +50,9 @@ def refusal(name: str) -> str:
     """Why a press is refused; "" if it is not. Nothing of TensorRT is needed to say so."""
     model = model_with(name)
     try:
-        for prompts in prompts_of(model._recipe.press, model._recipe.budget, 2, LONGEST):
+        for prompts in prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST):
             assert prompts.press is not None
-            lower = LowerForTensorRT(LONGEST, prompts.greatest(2), name)
+            lower = LowerForTensorRT(LONGEST, prompts.greatest(1), name)
             PassManager(phase_passes(Phase.PREFILL, prompts.press, functional=True, tensorrt=lower)).run(model._located)
     except KVPassError as error:
         return str(error)

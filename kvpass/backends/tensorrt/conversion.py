@@ -77,14 +77,17 @@ class Network:
     def build(self, targets: Sequence[str] = ()) -> bytes:
         """A serialized engine, for compute capabilities such as "SM89" or, without them, the flavour's default.
 
-        Raises `PackageError` if TensorRT refuses the network.
+        Raises `PackageError` if TensorRT refuses the network or does not know a target.
         """
         trt = library().trt
         config = self.interpreter._populate_trt_builder_config()
+        known = getattr(trt, "ComputeCapability", None)  # that for data-centre GPUs builds for the one that is there
+        if unknown := [target for target in targets if not hasattr(known, target)]:
+            raise PackageError(f"{library().flavour} {library().version} does not build for {', '.join(unknown)}")
         if targets:
             config.num_compute_capabilities = len(targets)
             for index, target in enumerate(targets):
-                config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
+                config.set_compute_capability(getattr(known, target), index)
         with _logged() as errors:
             plan = self.interpreter.builder.build_serialized_network(self.definition, config)
         if plan is None:
@@ -128,16 +131,16 @@ def lower(program: ExportedProgram) -> GraphModule:
 
 def unsupported(lowered: GraphModule) -> list[torch.fx.Node]:
     """The nodes that have no converter."""
-    return [node for node in lowered.graph.nodes if node.op == "call_function" and converter_of(node) is None]
+    return [node for node, converter in converters_of(lowered).items() if converter is None]
 
 
-def converter_of(node: torch.fx.Node) -> str | None:
-    """The module whose converter takes the node."""
+def converters_of(lowered: GraphModule) -> dict[torch.fx.Node, str | None]:
+    """For each operator the module whose converter takes it."""
     converters = library().part("dynamo.conversion._ConverterRegistry").DYNAMO_CONVERTERS
     converters.set_compilation_settings(settings())
     with _logged():  # it warns of what it does not take
-        found = converters.get(node)
-    return None if found is None else str(found[0].__module__)
+        found = {node: converters.get(node) for node in lowered.graph.nodes if node.op == "call_function"}
+    return {node: None if entry is None else str(entry[0].__module__) for node, entry in found.items()}
 
 
 def convert(lowered: GraphModule, profile: Profile, outputs: Sequence[str]) -> Network:

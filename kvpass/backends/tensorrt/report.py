@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.export import ExportedProgram
 
-from kvpass.backends.tensorrt.conversion import converter_of, lower
+from kvpass.backends.tensorrt.conversion import converters_of, lower
 from kvpass.backends.tensorrt.library import library
 
 
@@ -47,8 +47,8 @@ def report(programs: Mapping[str, ExportedProgram], refused: tuple[str, ...] = (
     """The operators of lowered phases, those without a converter first. The programs are used up."""
     found: list[Operator] = []
     for phase, program in programs.items():
-        nodes = [node for node in lower(program).graph.nodes if node.op == "call_function"]
-        counts = Counter((str(node.target), converter_of(node)) for node in nodes)
+        converters = converters_of(lower(program))
+        counts = Counter((str(node.target), converter) for node, converter in converters.items())
         rows = [Operator(phase, name, count, converter) for (name, converter), count in counts.items()]
         found += sorted(rows, key=lambda row: (row.converter is not None, -row.count, row.name))
     return TensorRTReport(library().flavour, library().version, tuple(found), refused)
