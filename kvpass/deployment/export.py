@@ -27,7 +27,7 @@ from kvpass.registry import press_text
 from kvpass.runtime.model import CompiledModel
 
 Progress = Callable[[str], None]
-FORMATS = ("exported_program", "aot_inductor", "tensorrt")
+FORMATS = ("exported_program", "aot_inductor", "onnx", "tensorrt")
 GUARDS = ("host", "in_graph")  # who decides whether a prompt is compressed
 REPORTED = 2048  # tokens of the longest prompt of which a report tells
 FUNCTIONAL = ("onnx", "tensorrt")  # take no graph that writes to its inputs

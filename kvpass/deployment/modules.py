@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kvpass.budget import Prompt
 from kvpass.deployment.counts import Line, Table, rule
+from kvpass.deployment.loops import retraceable
 from kvpass.deployment.prompts import Prompts
 from kvpass.errors import PackageError
 from kvpass.ir.program import STORED, KVProgram, Port, Role
@@ -22,7 +23,7 @@ class Code(nn.Module):
 
     def __init__(self, program: KVProgram) -> None:
         super().__init__()
-        held = program.graph_module
+        held = retraceable(program).graph_module
         self._parameters.update(held._parameters)
         self._buffers.update(held._buffers)
         self._modules.update(held._modules)

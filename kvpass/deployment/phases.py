@@ -16,6 +16,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
@@ -23,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from kvpass.deployment.assumptions import broken_assumption
 from kvpass.deployment.guarded import Guarded
 from kvpass.deployment.modules import Named, Prefill, Step
 from kvpass.deployment.prompts import Prompts
@@ -39,13 +41,17 @@ def export_prefill(program: KVProgram, layout: CacheLayout, prompts: Prompts, *,
     """The functional prefill graph as a program of the ids alone."""
     shortest, longest = prompts.tokens[0], prompts.tokens[-1]
     usual = [n for n in prompts.tokens if n >= 2 * shortest + TOKENS]
-    for tokens in usual[:1] or prompts.tokens[::-1]:
+    for tokens in usual[:3] or prompts.tokens[::-1]:
         module = Prefill(program, layout, prompts, batch_size)
         ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=module.device)
         try:
-            return _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)})})
+            made = _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)})})
         except ValueError as error:  # a short example can equal another size, e.g. the number of heads
-            refused = error
+            refused = str(error)
+            continue
+        if (assumed := broken_assumption(made, prompts.tokens)) is None:
+            return made
+        refused = assumed  # a part of the example was a single token, say
     raise PackageError(f"no graph holds for all prompts of {prompts.ranges} tokens: {refused}")
 
 
@@ -131,13 +137,13 @@ def _allow_all(program: ExportedProgram, examples: Examples) -> None:
 
 
 def _tidy(module: GraphModule) -> None:
-    """Drop what tracing claims of sizes of inputs, and write sums of sizes as files can hold them.
+    """Drop what tracing claims of sizes being greater than others, and write sums of sizes as files can hold them.
 
     It assumes that no size is 1, and no result depends on that: the shortest prompt that a press takes leaves a single
-    token beside its window, a chunk may leave one as well.
+    token beside its window, a chunk may leave one as well. That sizes are equal stays, for results do depend on it.
     """
     for node in list(module.graph.nodes):
-        if node.target is torch.ops.aten._assert_scalar.default and not _depends_on_data(node.args[0]):
+        if node.target is torch.ops.aten._assert_scalar.default and _is_dispensable(node.args[0]):
             module.graph.erase_node(node)
         elif node.target is torch.sym_sum:
             (total, *terms), value = node.args[0], _value(node.args[0][0])
@@ -152,9 +158,11 @@ def _tidy(module: GraphModule) -> None:
     module.recompile()
 
 
-def _depends_on_data(claim: object) -> bool:
-    """Whether it is about a size that a table tells, of which compilers know nothing else."""
-    return isinstance(claim, Node) and bool(free_unbacked_symbols(claim.meta["val"]))
+def _is_dispensable(claim: object) -> bool:
+    """Whether it says no equality, nor anything of a size that a table tells, of which compilers know nothing else."""
+    if not isinstance(claim, Node) or free_unbacked_symbols(claim.meta["val"]):
+        return False
+    return not isinstance(claim.meta["val"].node.expr, sympy.Eq)
 
 
 def _value(size: Any) -> Any:

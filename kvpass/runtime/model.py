@@ -148,7 +148,9 @@ class CompiledModel(nn.Module, GenerationMixin):
         """Write the phases as programs that run without kvpass; `kvpass.load` reads them back, too.
 
         format: "aot_inductor": one .pt2 file, compiled, the weights once; for C++ and Python. "exported_program": a
-            folder with one file for `torch.export.load` per phase. "tensorrt": a folder with one engine per phase.
+            folder with one file for `torch.export.load` per phase. "onnx": a folder with one model per phase over one
+            file of weights, for ONNX Runtime; float32 or float16. "tensorrt": a folder
+            with one engine per phase.
         guard: "in_graph" makes one program of prefill and extend, in which `torch.cond` decides, over caches of
             `capacity` slots (max_tokens by default), for runtimes with a single entry point. It cannot take fewer ids
             than the press needs: single tokens come with padding, and cost as much as all of them.

@@ -47,8 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("press", PRESSES)
-@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+RINGS = [("gemma3_text", press) for press in ("snapkv(window_size=8)", "key_rerotation(knorm)")]
+
+
+@pytest.mark.parametrize(("arch", "press"), [*(("llama", press) for press in PRESSES), *RINGS])
 def test_greedy_text(arch: str, press: str, tmp_path: Path) -> None:
     """Gemma 3 has rings; of a prompt too short for the press everything is kept."""
     model_with(arch, press).export(tmp_path / "package", max_tokens=LONGEST)
@@ -109,7 +111,7 @@ def test_caches_are_named_and_updated_in_place(folder: Path) -> None:
 def test_manifest(folder: Path) -> None:
     """What a C++ program goes by."""
     told = json.loads((folder / "manifest.json").read_text())
-    assert (told["kind"], told["press"], told["ratio"]) == ("exported_program", "snapkv(window_size=8)", 0.5)
+    assert (told["kind"], told["press"], told["ratio"]) == ("exported_program", "snapkv(window_size=8, kernel_size=5)", 0.5)
     assert told["config"]["model_type"] == "llama"
     prefill, extend, decode = told["phases"]
     assert prefill["tokens"] == [[9, LONGEST]]
