@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deployment.packages import LENGTHS, LONGEST, NEW, PRESSES, bytes_of_weights, check_greedy, expected, model_with
 from models import compiled_model, token_ids
-from packages import LENGTHS, LONGEST, NEW, PRESSES, bytes_of_weights, check_greedy, expected, model_with
 from torch.export import export
 
 import kvpass
@@ -111,7 +111,11 @@ def test_caches_are_named_and_updated_in_place(folder: Path) -> None:
 def test_manifest(folder: Path) -> None:
     """What a C++ program goes by."""
     told = json.loads((folder / "manifest.json").read_text())
-    assert (told["kind"], told["press"], told["ratio"]) == ("exported_program", "snapkv(window_size=8, kernel_size=5)", 0.5)
+    assert (told["kind"], told["press"], told["ratio"]) == (
+        "exported_program",
+        "snapkv(window_size=8, kernel_size=5)",
+        0.5,
+    )
     assert told["config"]["model_type"] == "llama"
     prefill, extend, decode = told["phases"]
     assert prefill["tokens"] == [[9, LONGEST]]
