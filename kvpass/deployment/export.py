@@ -43,18 +43,22 @@ def export_model(
     max_tokens: int | None = None,
     capacity: int | None = None,
     progress: Progress = lambda step: None,
+    for_tensorrt: bool = False,
     **engine: Any,
 ) -> None:
     """See `CompiledModel.export`. `engine`: what `kvpass.backends.tensorrt.write` takes beside all formats' options."""
     checked_options(path, format, guard, batch_size, capacity)
     if engine and format != "tensorrt":
         raise PackageError(f"{', '.join(engine)}: for format='tensorrt' alone")
+    if for_tensorrt and format != "onnx":
+        raise PackageError(f"for_tensorrt=True: for format='onnx' alone, not {format!r}")
     longest = min(max_tokens or model._recipe.max_tokens, model._recipe.max_tokens)
     with new_target(path) as target:
         if guard == "in_graph":
             programs, phases = _guarded(model, batch_size, longest, capacity or longest, progress)
         else:
-            programs, phases = _programs(model, format, batch_size, longest, progress)
+            forms = "tensorrt" if for_tensorrt else format
+            programs, phases = _programs(model, forms, batch_size, longest, progress)
         manifest = _manifest(model, format, guard, batch_size, phases)
         texts = {f"{TEXTS}/{name}.txt": program_text(program) for name, program in programs.items()}
         _backend(format).write(programs, manifest, texts, target, progress, **engine)
@@ -168,7 +172,7 @@ def prefill_program(
     """The program that reads these prompts, as a format takes it."""
     layout, tensorrt = model._execution.layout, None
     if format == "tensorrt":
-        press = press_text(prompts.press) if prompts.press else "no press"
+        press = press_text(model._recipe.press) if model._recipe.press else "no press"  # as the user wrote it
         tensorrt = LowerForTensorRT(longest, prompts.greatest(len(layout.layers)), press)
     steps = phase_passes(Phase.PREFILL, prompts.press, model._recipe.layers, functional=True, tensorrt=tensorrt)
     return export_prefill(_lowered(model, steps), layout, prompts, batch_size=batch_size)

@@ -73,8 +73,11 @@ def _converted(model: kvpass.CompiledModel, phase: str, tokens: list[tuple[int, 
 
 
 def distinct_ids(tokens: int, seed: int = 0) -> Tensor:
-    """Tokens that occur once: equal keys have scores that only rounding tells apart. i64[1, tokens]"""
-    return torch.randperm(256, generator=torch.Generator().manual_seed(seed))[None, :tokens]
+    """Tokens that occur once: equal keys have scores that only rounding tells apart. i64[1, tokens]
+
+    None of them is special: `generate` takes the padding token for padding.
+    """
+    return 3 + torch.randperm(250, generator=torch.Generator().manual_seed(seed))[None, :tokens]
 
 
 def check_prompt(model: kvpass.CompiledModel, phases: list[ConvertedPhase], tokens: int) -> Named:
