@@ -19,25 +19,50 @@ from kvpass.pipeline import phase_passes
 
 README = Path(__file__).parents[2] / "README.md"
 REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observed_attention"}
+ELSEWHERE = (  # presses that read different tensors
+    "chunkkv",
+    "criticalkv",
+    "expected_attention",
+    "key_rerotation",
+    "knorm",
+    "lagkv",
+    "snapkv",
+    "streaming_llm",
+    "think",
+    "tova",
+)
 OURS = [name for name, cls in kvpass.registered_presses().items() if cls.__module__.startswith("kvpass.")]
 
 
 @functools.cache
-def one_layer() -> kvpass.CapturedModel:
-    """Enough for a press: it says the same of every layer."""
-    return kvpass.capture_model(tiny_model("llama", num_hidden_layers=1))
+def one_layer(arch: str) -> kvpass.CapturedModel:
+    """Enough for a press: it says the same of every layer. That of Gemma 3 attends in full; rings are not pressed."""
+    full = {"layer_types": ["full_attention"]} if arch == "gemma3_text" else {}
+    return kvpass.capture_model(tiny_model(arch, num_hidden_layers=1, **full))
 
 
-def model_with(name: str) -> kvpass.CompiledModel:
+def model_with(name: str, arch: str = "llama") -> kvpass.CompiledModel:
     press = press_by_name(name, 1)
-    return kvpass.compile(one_layer(), press, 0.5 if press.needs_budget else None, backend="eager")
+    return kvpass.compile(one_layer(arch), press, 0.5 if press.needs_budget else None, backend="eager")
 
 
 @needs_tensorrt
 @pytest.mark.parametrize("name", sorted(set(OURS) - REFUSED))
 def test_it_computes_the_same_and_is_built(name: str) -> None:
     """At lengths that were not traced; a press with another graph for short prompts has a short one, too."""
-    model = model_with(name)
+    check_press(model_with(name))
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_architectures(name: str, arch: str) -> None:
+    """Norms of queries and keys, other scales and rotations."""
+    check_press(model_with(name, arch))
+
+
+def check_press(model: kvpass.CompiledModel) -> None:
+    """The networks of its prefill compute eager's numbers, and are built."""
     phases = prefills(model)
     for phase in phases:
         inside = [n for n in (10, 28, 53, 149) if phase.spec.takes(n)]
