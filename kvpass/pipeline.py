@@ -8,6 +8,7 @@ from kvpass.passes.find_positions import FindPositions
 from kvpass.passes.insert_kv_cache import InsertKVCache
 from kvpass.passes.locate_attention import LocateAttention
 from kvpass.passes.lower_attention import LowerAttention
+from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
 from kvpass.passes.match_attention import MatchAttention
 from kvpass.passes.merge_attention import MergeAttention
 from kvpass.passes.narrow_to_last_token import NarrowToLastToken
@@ -44,11 +45,13 @@ def phase_passes(
     embeddings: bool = False,
     one_row: bool = False,
     functional: bool = False,
+    tensorrt: LowerForTensorRT | None = None,
 ) -> tuple[Pass, ...]:
     """Once for each phase of a compiled model; `layers` are those to press, None: all that can be.
 
     `embeddings`: the graph reads those instead of token ids. `one_row`: the batch is one row, whose single tokens read
     all weights and a cache for themselves. `functional`: the cache leaves the graph, nothing is written in place.
+    `tensorrt`: then in the forms that TensorRT takes.
     """
     if phase is not Phase.PREFILL:
         press = None
@@ -66,4 +69,5 @@ def phase_passes(
         *((AcceptEmbeddings(),) if embeddings else ()),
         *((NarrowToLastToken(), LowerAttention()) if phase is Phase.PREFILL else ()),
         *((StreamCache(), StreamWeights()) if one_row else ()),
+        *((tensorrt,) if tensorrt else ()),
     )

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import kvpass
 from kvpass.deployment.export import FORMATS
 from kvpass.ir.form import Phase
+from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
 from kvpass.pipeline import capture_passes, phase_passes
 from kvpass.press_facts import facts_of, fields_of
 from kvpass.presses import Knorm
@@ -94,7 +95,11 @@ def test_table_of_passes() -> None:
     at = [step.name for step in phases[Phase.PREFILL]].index("write-cache-in-place") + 1
     for steps in phases.values():
         steps += exported
-    for step in (*phases[Phase.PREFILL][:at], *exported, *phases[Phase.PREFILL][at:-1], *phases[Phase.DECODE][-3:-1]):
+    tensorrt = LowerForTensorRT(2)
+    for steps in phases.values():
+        steps.append(tensorrt)
+    prefill, decode = phases[Phase.PREFILL], phases[Phase.DECODE]
+    for step in (*prefill[:at], *exported, *prefill[at:-2], *decode[-4:-2], tensorrt):
         where = [phase.value for phase, steps in phases.items() if step.name in [p.name for p in steps]]
         name = "all" if len(where) == len(phases) else where[0]
         expected.append([f"`{step.name}`", step.requires.name, step.produces.name, name])

@@ -10,6 +10,7 @@ from kvpass.backends.eager import run_eagerly
 from kvpass.backends.inductor import RegionalGraph, mode_options
 from kvpass.backends.regions import can_cut
 from kvpass.backends.torch_compile import CompiledGraph
+from kvpass.errors import PackageError
 from kvpass.ir.program import KVProgram
 
 Runner = Callable[..., tuple[Tensor, ...]]
@@ -17,6 +18,11 @@ Runner = Callable[..., tuple[Tensor, ...]]
 
 def make_runner(program: KVProgram, backend: str | Callable[..., Any], mode: str | None) -> Runner:
     """A callable over the tensors of `program.inputs`, in their order, that returns those of `program.outputs`."""
+    if backend in ("tensorrt", "torch_tensorrt"):
+        raise PackageError(
+            f"backend={backend!r}: torch.compile would lose every write to the cache there; build engines with "
+            "model.export(path, format='tensorrt')"
+        )
     if backend == "eager":
         if mode is not None:
             raise ValueError(f"mode={mode!r} is for torch.compile; backend='eager' runs the graph as it is")

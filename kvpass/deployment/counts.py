@@ -52,7 +52,8 @@ class Table:
 
     def __call__(self, tokens: Size, counts: Tensor) -> Size:
         """The count of one length, which only the graph's copy of the table knows."""
-        count: Any = torch.ops.aten._local_scalar_dense.default(counts[tokens])
+        here = torch.full((1,), cast(int, tokens), dtype=torch.int64, device=counts.device)
+        count: Any = torch.ops.aten._local_scalar_dense.default(counts.index_select(0, here))
         torch._check(count >= 1)
         torch._check(count <= tokens)
         return cast(Size, count)

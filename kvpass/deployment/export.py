@@ -15,19 +15,21 @@ from kvpass.deployment.deployed import DeployedModel, GuardedModel
 from kvpass.deployment.diff import TEXTS, program_text
 from kvpass.deployment.manifest import FORMAT, MANIFEST, LayerSpec, Manifest, PhaseSpec, phase_spec
 from kvpass.deployment.phases import export_guarded, export_prefill, export_step
-from kvpass.deployment.prompts import prompts_of
-from kvpass.errors import PackageError
+from kvpass.deployment.prompts import Prompts, prompts_of
+from kvpass.errors import PackageError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
 from kvpass.package_files import check_files, new_target
 from kvpass.pass_manager import PassManager
+from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
 from kvpass.pipeline import phase_passes
 from kvpass.registry import press_text
 from kvpass.runtime.model import CompiledModel
 
 Progress = Callable[[str], None]
-FORMATS = ("exported_program", "aot_inductor", "onnx")
+FORMATS = ("exported_program", "aot_inductor", "onnx", "tensorrt")
 GUARDS = ("host", "in_graph")  # who decides whether a prompt is compressed
+REPORTED = 2048  # tokens of the longest prompt of which a report tells
 FUNCTIONAL = ("onnx", "tensorrt")  # take no graph that writes to its inputs
 
 
@@ -41,18 +43,25 @@ def export_model(
     max_tokens: int | None = None,
     capacity: int | None = None,
     progress: Progress = lambda step: None,
+    for_tensorrt: bool = False,
+    **engine: Any,
 ) -> None:
-    """See `CompiledModel.export`."""
+    """See `CompiledModel.export`. `engine`: what `kvpass.backends.tensorrt.write` takes beside all formats' options."""
     checked_options(path, format, guard, batch_size, capacity)
+    if engine and format != "tensorrt":
+        raise PackageError(f"{', '.join(engine)}: for format='tensorrt' alone")
+    if for_tensorrt and format != "onnx":
+        raise PackageError(f"for_tensorrt=True: for format='onnx' alone, not {format!r}")
     longest = min(max_tokens or model._recipe.max_tokens, model._recipe.max_tokens)
     with new_target(path) as target:
         if guard == "in_graph":
             programs, phases = _guarded(model, batch_size, longest, capacity or longest, progress)
         else:
-            programs, phases = _programs(model, format, batch_size, longest, progress)
+            forms = "tensorrt" if for_tensorrt else format
+            programs, phases = _programs(model, forms, batch_size, longest, progress)
         manifest = _manifest(model, format, guard, batch_size, phases)
         texts = {f"{TEXTS}/{name}.txt": program_text(program) for name, program in programs.items()}
-        _backend(format).write(programs, manifest, texts, target, progress)
+        _backend(format).write(programs, manifest, texts, target, progress, **engine)
 
 
 def checked_options(path: str | Path, format: str, guard: str, batch_size: int, capacity: int | None) -> None:
@@ -71,6 +80,22 @@ def checked_options(path: str | Path, format: str, guard: str, batch_size: int, 
         raise PackageError(f"{path}: an AOTInductor package is a file whose name ends in .pt2")
     if Path(path).exists():
         raise PackageError(f"{path} exists; give another path, or remove it first")
+
+
+def report_for_tensorrt(model: CompiledModel, *, batch_size: int = 1, max_tokens: int | None = None) -> Any:
+    """See `CompiledModel.report`: a `TensorRTReport`. Raises `PackageError` if TensorRT is not installed."""
+    longest = min(max_tokens or REPORTED, model._recipe.max_tokens)
+    recipe, layers = model._recipe, len(model._execution.layout.layers)
+    programs, refused = {}, []
+    for number, prompts in enumerate(prompts_of(recipe.press, recipe.budget, layers, longest)):
+        name = f"prefill_{number + 1}" if number else "prefill"
+        try:
+            programs[name] = prefill_program(model, "tensorrt", prompts, batch_size, longest)
+        except PressError as error:
+            refused.append(f"{name}: {error}")
+    for phase in (Phase.EXTEND, Phase.DECODE):
+        programs[phase.value] = step_program(model, "tensorrt", phase, batch_size, longest)
+    return importlib.import_module("kvpass.backends.tensorrt.report").report(programs, tuple(refused))
 
 
 def is_exported(path: Path) -> bool:
@@ -126,30 +151,46 @@ def _programs(
     model: CompiledModel, format: str, batch_size: int, longest: int, progress: Progress
 ) -> tuple[dict[str, ExportedProgram], list[PhaseSpec]]:
     """The phases by name."""
-    recipe, layout = model._recipe, model._execution.layout
-    functional = format in FUNCTIONAL
-    one_row = format == "aot_inductor" and batch_size == 1 and streams_memory("inductor", model.device)
     programs: dict[str, ExportedProgram] = {}
     phases: list[PhaseSpec] = []
-
-    def add(name: str, phase: Phase, tokens: Any, program: ExportedProgram) -> None:
-        programs[name] = program
-        phases.append(phase_spec(name, phase.value, tokens, program))
-
-    for number, prompts in enumerate(prompts_of(recipe.press, recipe.budget, len(layout.layers), longest)):
+    recipe, layers = model._recipe, len(model._execution.layout.layers)
+    for number, prompts in enumerate(prompts_of(recipe.press, recipe.budget, layers, longest)):
         name = f"prefill_{number + 1}" if number else "prefill"
         progress(f"exporting {name}")
-        steps = phase_passes(Phase.PREFILL, prompts.press, recipe.layers, functional=True)
-        exported = export_prefill(_lowered(model, steps), layout, prompts, batch_size=batch_size)
-        add(name, Phase.PREFILL, prompts.ranges, exported)
+        programs[name] = prefill_program(model, format, prompts, batch_size, longest)
+        phases.append(phase_spec(name, Phase.PREFILL.value, prompts.ranges, programs[name]))
     for phase, ends in ((Phase.EXTEND, (2, longest)), (Phase.DECODE, (1, 1))):
         progress(f"exporting {phase.value}")
-        steps = phase_passes(phase, None, functional=functional, one_row=one_row and phase is Phase.DECODE)
-        exported = export_step(
-            _lowered(model, steps), layout, batch_size=batch_size, longest=longest, functional=functional
-        )
-        add(phase.value, phase, [ends], exported)
+        programs[phase.value] = step_program(model, format, phase, batch_size, longest)
+        phases.append(phase_spec(phase.value, phase.value, [ends], programs[phase.value]))
     return programs, phases
+
+
+def prefill_program(
+    model: CompiledModel, format: str, prompts: Prompts, batch_size: int, longest: int
+) -> ExportedProgram:
+    """The program that reads these prompts, as a format takes it."""
+    layout, tensorrt = model._execution.layout, None
+    if format == "tensorrt":
+        press = press_text(model._recipe.press) if model._recipe.press else "no press"  # as the user wrote it
+        tensorrt = LowerForTensorRT(longest, prompts.greatest(len(layout.layers)), press)
+    steps = phase_passes(Phase.PREFILL, prompts.press, model._recipe.layers, functional=True, tensorrt=tensorrt)
+    return export_prefill(_lowered(model, steps), layout, prompts, batch_size=batch_size)
+
+
+def step_program(model: CompiledModel, format: str, phase: Phase, batch_size: int, longest: int) -> ExportedProgram:
+    """The program that appends some tokens, or one, as a format takes it."""
+    functional = format in FUNCTIONAL
+    one_row = format == "aot_inductor" and batch_size == 1 and streams_memory("inductor", model.device)
+    steps = phase_passes(
+        phase,
+        None,
+        functional=functional,
+        one_row=one_row and phase is Phase.DECODE,
+        tensorrt=LowerForTensorRT(longest) if format == "tensorrt" else None,
+    )
+    layout = model._execution.layout
+    return export_step(_lowered(model, steps), layout, batch_size=batch_size, longest=longest, functional=functional)
 
 
 def _guarded(
@@ -190,7 +231,7 @@ def _manifest(model: CompiledModel, format: str, guard: str, batch_size: int, ph
         target_size=recipe.budget.target_size,
         batch_size=batch_size,
         max_tokens=recipe.max_tokens,
-        device=str(model.device),
+        device="cuda" if format == "tensorrt" else str(model.device),
         eos_token_ids=() if ends is None else (ends,) if isinstance(ends, int) else tuple(ends),
         config=model.config.to_dict(),
         layers=tuple(

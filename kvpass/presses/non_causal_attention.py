@@ -44,7 +44,7 @@ class NonCausalAttention(ScorerPress):
         """[B, heads, S, D] -> [B, heads, P, chunk_size, D]"""
         batch, heads, tokens, width = states.shape
         chunks = (tokens + self.chunk_size - 1) // self.chunk_size
-        # A whole chunk of zeros, of which as many are taken as are missing: graphs have no sizes that may be 0.
-        filled = torch.cat([states, states.new_zeros(batch, heads, self.chunk_size, width)], dim=2)
-        folded: Tensor = filled[:, :, : chunks * self.chunk_size].unflatten(2, (chunks, self.chunk_size))
+        # A whole chunk of zeros, though fewer are needed: torch.export takes it that no size that varies is 0.
+        padded = torch.cat([states, states.new_zeros(batch, heads, self.chunk_size, width)], dim=2)
+        folded: Tensor = padded.narrow(2, 0, chunks * self.chunk_size).unflatten(2, (chunks, self.chunk_size))
         return folded

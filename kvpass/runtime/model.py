@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvpass.budget import Budget, Prompt
-from kvpass.errors import CacheError, InputError, PressError
+from kvpass.errors import CacheError, InputError, PackageError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.printer import graph_diff, graph_text
 from kvpass.ir.program import KVProgram
@@ -149,12 +149,16 @@ class CompiledModel(nn.Module, GenerationMixin):
 
         format: "aot_inductor": one .pt2 file, compiled, the weights once; for C++ and Python. "exported_program": a
             folder with one file for `torch.export.load` per phase. "onnx": a folder with one model per phase over one
-            file of weights, for ONNX Runtime; float32 or float16.
+            file of weights, for ONNX Runtime; float32 or float16. "tensorrt": a folder
+            with one engine per phase.
+        for_tensorrt: of "onnx", True writes what TensorRT's ONNX parser takes; such a package serves prompts of
+            up to max_tokens with TopK layers of as many, and ONNX Runtime runs it, too.
         guard: "in_graph" makes one program of prefill and extend, in which `torch.cond` decides, over caches of
             `capacity` slots (max_tokens by default), for runtimes with a single entry point. It cannot take fewer ids
             than the press needs: single tokens come with padding, and cost as much as all of them.
         batch_size: rows, 1 by default; fixed. max_tokens: the longest prompt, by default what the model can read.
-        progress: a function of a text, called before each step.
+        progress: a function of a text, called before each step. profile, targets: of "tensorrt", what engines are
+            built for, see `kvpass.backends.tensorrt.write`.
 
         The budget is part of the graphs: they count what is kept themselves. Raises `PackageError` for an unknown
         format, if the path exists or cannot be written, or a press asks for more than token ids.
@@ -279,8 +283,24 @@ class CompiledModel(nn.Module, GenerationMixin):
         before = PassManager(steps[:first]).run(self._located)
         return graph_diff(before, PassManager(steps[first:last]).run(before), layer)
 
-    def report(self) -> Report:
-        """The passes with matches, nodes and time, and what is kept per layer of the last prompt."""
+    @overload
+    def report(self) -> Report: ...
+
+    @overload
+    def report(self, format: str) -> Any: ...
+
+    def report(self, format: str | None = None) -> Any:
+        """The passes with matches, nodes and time, and what is kept per layer of the last prompt.
+
+        With format "tensorrt", what TensorRT would make of each phase: operators, how many, what converts them, and
+        what would fall back to torch, for which `export` refuses a model. Raises `PackageError` if it is not installed.
+        """
+        if format is not None:
+            if format != "tensorrt":
+                raise PackageError(f"there is no report of {format!r}; known is 'tensorrt'")
+            from kvpass.deployment.export import report_for_tensorrt
+
+            return report_for_tensorrt(self)
         passes = {"capture": self._capture_records}
         passes |= {phase.value: list(graph.records) for (phase, *_), graph in self._execution.ready.items()}
         seen, kept, size = self._last_prompt

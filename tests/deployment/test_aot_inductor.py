@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import token_ids
-from packages import (
+from deployment.packages import (
     LENGTHS,
     LONGEST,
     NEW,
@@ -19,6 +18,7 @@ from packages import (
     expected,
     model_with,
 )
+from models import token_ids
 
 import kvpass
 from kvpass.deployment.manifest import Manifest

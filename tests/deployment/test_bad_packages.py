@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from deployment.packages import LONGEST, model_with
 from models import compiled_model, token_ids
-from packages import LONGEST, model_with
 
 import kvpass
 from kvpass.backends import exported_program

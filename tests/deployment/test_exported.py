@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deployment.packages import LENGTHS, LONGEST, NEW, PRESSES, bytes_of_weights, check_greedy, expected, model_with
 from models import compiled_model, token_ids
-from packages import LENGTHS, LONGEST, NEW, PRESSES, bytes_of_weights, check_greedy, expected, model_with
 from torch.export import export
 
 import kvpass

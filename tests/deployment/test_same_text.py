@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deployment.packages import LENGTHS, NEW, PRESSES, expected, model_with
 from models import captured_model, token_ids
-from packages import LENGTHS, NEW, PRESSES, expected, model_with
 
 import kvpass
 from kvpass import CompiledModel

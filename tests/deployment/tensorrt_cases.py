@@ -1,0 +1,115 @@
+"""Phases of tiny models as TensorRT networks, evaluated on the CPU beside eager's numbers."""
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from models import compiled_model
+from torch import Tensor
+
+import kvpass
+from kvpass.backends.tensorrt.conversion import Network
+from kvpass.backends.tensorrt.engines import network_of
+from kvpass.backends.tensorrt.evaluation import evaluate
+from kvpass.deployment.export import _manifest, prefill_program, prompts_of, step_program
+from kvpass.deployment.manifest import PhaseSpec, phase_spec
+from kvpass.ir.form import Phase
+
+LONGEST = 200  # prompt; the examples that are traced have at most 130 tokens
+MAX_TOKENS = 300
+TARGETS = ("SM80", "SM89", "SM120")
+Named = dict[str, Tensor]
+
+needs_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("torch_tensorrt") is None,
+    reason="needs torch-tensorrt-rtx: pip install --no-deps torch-tensorrt-rtx, see the README",
+)
+
+
+@dataclass
+class ConvertedPhase:
+    """The network of one phase."""
+
+    spec: PhaseSpec
+    network: Network
+
+    def run(self, inputs: Named) -> Named:
+        """The outputs by name, as the network computes them."""
+        given = {port.name: inputs[port.name] for port in self.spec.inputs}
+        found = evaluate(self.network.definition, given)
+        return dict(zip((port.name for port in self.spec.outputs), found, strict=True))
+
+
+def prefills(model: kvpass.CompiledModel) -> list[ConvertedPhase]:
+    """The prefill of a model, or several where its press has others for short prompts."""
+    recipe, layers = model._recipe, len(model._execution.layout.layers)
+    return [
+        _converted(
+            model,
+            "prefill",
+            prompts.ranges,
+            prefill_program(model, "tensorrt", prompts, 1, LONGEST),
+        )
+        for prompts in prompts_of(recipe.press, recipe.budget, layers, LONGEST)
+    ]
+
+
+@functools.cache
+def step(arch: str, phase: Phase) -> ConvertedPhase:
+    """Extend or decode, which are the same for all presses."""
+    model = compiled_model(arch)
+    tokens = (1, 1) if phase is Phase.DECODE else (2, LONGEST)
+    program = step_program(model, "tensorrt", phase, 1, LONGEST)
+    return _converted(model, phase.value, [tokens], program)
+
+
+def _converted(model: kvpass.CompiledModel, phase: str, tokens: list[tuple[int, int]], program: Any) -> ConvertedPhase:
+    spec = phase_spec(phase, phase, tokens, program)
+    manifest = _manifest(model, "tensorrt", "host", 1, [spec])
+    return ConvertedPhase(spec, network_of(program, spec, manifest, {"slots": (1, 100, MAX_TOKENS)}))
+
+
+def distinct_ids(tokens: int, seed: int = 0) -> Tensor:
+    """Tokens that occur once: equal keys have scores that only rounding tells apart. i64[1, tokens]
+
+    None of them is special: `generate` takes the padding token for padding.
+    """
+    return 3 + torch.randperm(250, generator=torch.Generator().manual_seed(seed))[None, :tokens]
+
+
+def check_prompt(model: kvpass.CompiledModel, phases: list[ConvertedPhase], tokens: int) -> Named:
+    """A prompt leaves what eager leaves of it: the same positions, and numbers that are equal but for rounding."""
+    (phase,) = [phase for phase in phases if phase.spec.takes(tokens)]
+    found, expected = phase.run({"input_ids": distinct_ids(tokens)}), model.prefill(distinct_ids(tokens))
+    cache = expected.past_key_values
+    torch.testing.assert_close(found["logits"], expected.logits, atol=2e-5, rtol=1e-4)
+    assert found["next_position"].tolist() == list(cache.next_positions)
+    assert torch.equal(found["lengths"], cache.lengths)
+    for layer, shape in enumerate(model._execution.layout.layers):
+        used = int(cache.lengths[layer, 0])
+        if f"kept_{layer}" in found:
+            assert torch.equal(found[f"kept_{layer}"][:, :, :used], cache.positions(layer))
+        if shape.ring is None:
+            for role, held in (("keys", cache.keys(layer)), ("values", cache.values(layer))):
+                mine = found[f"{role}_{layer}"][:, :, :used]
+                torch.testing.assert_close(mine, held[:, :, :used], atol=2e-5, rtol=1e-4)
+    return found
+
+
+def with_room(model: kvpass.CompiledModel, state: Named, phase: ConvertedPhase, room: int) -> Named:
+    """The state that a prefill returned, its caches with free slots, as an extend or decode phase takes it."""
+    found = {}
+    for port in phase.spec.inputs:
+        if port.name == "input_ids":
+            continue
+        old = state[port.name]
+        if port.layer is not None:
+            ring = model._execution.layout.layers[port.layer].ring
+            new = old.new_zeros(*old.shape[:2], ring or old.shape[2] + room, *old.shape[3:])
+            new[:, :, : old.shape[2]] = old
+            old = new
+        found[port.name] = old
+    return found

@@ -1,0 +1,106 @@
+"""Every press on TensorRT: as a network that computes eager's numbers and is built, or refused with a reason."""
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+from deployment.tensorrt_cases import LONGEST, check_prompt, needs_tensorrt, prefills
+from presses.catalogue import press_by_name
+from tiny_models import tiny_model
+
+import kvpass
+from kvpass.deployment.prompts import prompts_of
+from kvpass.errors import KVPassError
+from kvpass.ir.form import Phase
+from kvpass.pass_manager import PassManager
+from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
+from kvpass.pipeline import phase_passes
+
+README = Path(__file__).parents[2] / "README.md"
+REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observed_attention"}
+ELSEWHERE = (  # presses that read different tensors
+    "chunkkv",
+    "criticalkv",
+    "expected_attention",
+    "key_rerotation",
+    "knorm",
+    "lagkv",
+    "snapkv",
+    "streaming_llm",
+    "think",
+    "tova",
+)
+OURS = [name for name, cls in kvpass.registered_presses().items() if cls.__module__.startswith("kvpass.")]
+
+
+@functools.cache
+def one_layer(arch: str) -> kvpass.CapturedModel:
+    """Enough for a press: it says the same of every layer. That of Gemma 3 attends in full; rings are not pressed."""
+    full = {"layer_types": ["full_attention"]} if arch == "gemma3_text" else {}
+    return kvpass.capture_model(tiny_model(arch, num_hidden_layers=1, **full))
+
+
+def model_with(name: str, arch: str = "llama") -> kvpass.CompiledModel:
+    press = press_by_name(name, 1)
+    return kvpass.compile(one_layer(arch), press, 0.5 if press.needs_budget else None, backend="eager")
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("name", sorted(set(OURS) - REFUSED))
+def test_it_computes_the_same_and_is_built(name: str) -> None:
+    """At lengths that were not traced; a press with another graph for short prompts has a short one, too."""
+    check_press(model_with(name))
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_architectures(name: str, arch: str) -> None:
+    """Norms of queries and keys, other scales and rotations."""
+    check_press(model_with(name, arch))
+
+
+def check_press(model: kvpass.CompiledModel) -> None:
+    """The networks of its prefill compute eager's numbers, and are built."""
+    phases = prefills(model)
+    for phase in phases:
+        inside = [n for n in (10, 28, 53, 149) if phase.spec.takes(n)]
+        for tokens in inside[-2:]:
+            check_prompt(model, [phase], tokens)
+        assert phase.network.build(("SM89",))
+
+
+def refusal(name: str) -> str:
+    """Why a press is refused; "" if it is not. Nothing of TensorRT is needed to say so."""
+    model = model_with(name)
+    try:
+        for prompts in prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST):
+            assert prompts.press is not None
+            lower = LowerForTensorRT(LONGEST, prompts.greatest(1), name)
+            PassManager(phase_passes(Phase.PREFILL, prompts.press, functional=True, tensorrt=lower)).run(model._located)
+    except KVPassError as error:
+        return str(error)
+    return ""
+
+
+def test_table_of_presses() -> None:
+    """That of the README; EXPECTTEST_ACCEPT=1 rewrites it. Which presses are not refused is tested above."""
+    lines = ["| press | TensorRT |", "|---|---|"]
+    for name in OURS:
+        reason = refusal(name) if name in REFUSED else ""
+        assert bool(reason) == (name in REFUSED)
+        lines.append(f"| `{name}` | {'refused: ' + short(reason) if reason else 'yes'} |")
+    text = README.read_text()
+    start = text.index("<!-- tensorrt -->\n") + len("<!-- tensorrt -->\n")
+    end = text.index("<!-- end -->", start)
+    table = "\n".join(lines)
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        README.write_text(f"{text[:start]}{table}\n{text[end:]}")
+    else:
+        assert text[start:end].strip() == table
+
+
+def short(reason: str) -> str:
+    """Without the layer, the node and the cure."""
+    return reason.split(": ")[-1].split(" (")[0].split(", which no")[0]
