@@ -40,11 +40,12 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    """The order is that of transformers: who wraps attention, as kvpress does, passes on by place."""
     layer = getattr(module, "layer_idx", None)
     for name, meaning in INEXPRESSIBLE.items():
         if options.get(name) is not None:
