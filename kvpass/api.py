@@ -12,6 +12,8 @@ from torch import nn
 from torch.export import ExportedProgram
 from transformers import GenerationConfig, PretrainedConfig
 
+from kvpass.backends import TENSORRT
+from kvpass.backends.engine_sizes import Profile, checked_profile
 from kvpass.budget import Budget
 from kvpass.capture import capture
 from kvpass.deployment.deployed import DeployedModel
@@ -97,6 +99,7 @@ def compile(
     layers: Iterable[int] | Callable[[int], bool] | None = None,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
+    profile: Profile | None = None,
     capacity: int | None = None,
     max_tokens: int | None = None,
     config: PretrainedConfig | None = None,
@@ -116,7 +119,10 @@ def compile(
     layers: which layers to press, by index or as a predicate; all by default. The others keep everything, those with a
         sliding window always do.
     backend, mode: as for `torch.compile`; backend="eager" runs the graph as it is. Compilation happens at the first
-        call of each phase (prefill, extend, decode).
+        call of each phase (prefill, extend, decode). backend="tensorrt" builds engines for the GPU that the model is
+        on, one for each phase and number of rows.
+    profile: of "tensorrt", the least, usual and greatest number of new tokens by phase ("prefill", "extend"), and of
+        "slots" of a cache, that engines are built for; by default all that can occur.
     capacity: slots per layer that are allocated at once and never exceeded; None lets the cache grow.
     max_tokens, config, generation_config: see `capture_model`.
     print_ir: as `KVPASS_PRINT_IR`, or a function of pass name and graph text.
@@ -152,16 +158,24 @@ def compile(
     elif max_tokens not in (None, captured.max_tokens):
         raise InputError(f"max_tokens={max_tokens}: the model was captured for {captured.max_tokens}; capture it anew")
     selected = _selected(captured.graphs.located, layers)
+    if profile is not None and backend != TENSORRT:
+        raise InputError(f"profile={profile} is for backend={TENSORRT!r}, not {backend!r}")
+    sizes = None if profile is None else checked_profile(profile)
     compiled = CompiledModel(
         captured.graphs,
-        CacheLayout(_layers(captured.graphs.located, chosen, selected), captured.model_id, capacity),
-        Recipe(chosen, budget, backend, mode, captured.max_tokens, selected, print_ir),
+        CacheLayout(
+            _layers(captured.graphs.located, chosen, selected),
+            captured.model_id,
+            capacity,
+            whole_rings=backend == TENSORRT,
+        ),
+        Recipe(chosen, budget, backend, mode, captured.max_tokens, selected, print_ir, sizes),
         copy.deepcopy(captured.config),
         copy.deepcopy(captured.generation_config),
         captured.records,
     )
-    if chosen is not None:
-        compiled.graph("prefill")  # a press that does not fit the model fails here, not at the first prompt
+    if chosen is not None or backend == TENSORRT:
+        compiled.graph("prefill")  # what does not fit the model or the machine fails here, not at the first prompt
     return compiled.eval()
 
 
@@ -184,7 +198,7 @@ def load(path: str | Path) -> CompiledModel | DeployedModel:
     captured = CapturedModel(
         graphs, stored.config, stored.generation_config, facts["model_id"], facts["max_tokens"], tuple(records)
     )
-    options = {name: facts[name] for name in ("target_size", "layers", "backend", "mode", "capacity")}
+    options = {name: facts[name] for name in ("target_size", "layers", "backend", "mode", "capacity", "profile")}
     return compile(captured, facts["press"], facts["ratio"], **options)
 
 

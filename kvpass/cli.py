@@ -148,8 +148,12 @@ def export(
     capacity: Annotated[int | None, typer.Option(min=1, help="Slots per layer, for in_graph.")] = None,
     dtype: Annotated[DType, typer.Option(help="Of weights and cache.")] = DType.FLOAT32,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    for_tensorrt: Annotated[
+        bool, typer.Option("--for-tensorrt", help="Of onnx: in forms that TensorRT parses.")
+    ] = False,
+    target: Annotated[list[str] | None, typer.Option(help="Of tensorrt: SM80, SM89, ...; all if not given.")] = None,
 ) -> None:
-    """Write a compressed model that runs without kvpass: programs of torch.export, or compiled ahead of time."""
+    """Write a compressed model that runs without kvpass: programs of torch.export, compiled ahead of time, engines."""
     with _errors_in_one_line():
         settings = ExportSettings(
             model,
@@ -164,6 +168,8 @@ def export(
             capacity,
             dtype.value,
             device,
+            for_tensorrt,
+            tuple(target or ()),
         )
         run_export(Console(), settings)
 

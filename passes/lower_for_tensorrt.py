@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -37,7 +37,7 @@ class LowerForTensorRT(Pass):
     produces: ClassVar[Form] = Form.LOWERED
 
     longest: int  # prompt
-    most: Mapping[str, int] = field(default_factory=dict)  # the greatest value of each size that the press counts
+    most: tuple[tuple[str, int], ...] = ()  # the greatest value of each size that the press counts, by its name
     press: str = "no press"  # for messages
 
     def run(self, program: KVProgram) -> int:
@@ -92,7 +92,7 @@ class LowerForTensorRT(Pass):
         """The greatest value of a size that the press counts."""
         keys = {port.name: port.key for port in program.inputs if port.role is Role.SIZE}
         source = count.args[0] if count.target is aten.sym_size.int else None
-        return self.most.get(keys.get(str(source.target), "")) if isinstance(source, Node) else None
+        return dict(self.most).get(keys.get(str(source.target), "")) if isinstance(source, Node) else None
 
     def _tabulate(self, builder: GraphBuilder, node: Node) -> bool:
         """Whole numbers that depend on the place of a token alone, counted beforehand for the longest prompt."""
@@ -109,9 +109,9 @@ class LowerForTensorRT(Pass):
         table = counted(self.longest)
         if any(not torch.equal(counted(n), table.narrow(axis, 0, n)) for n in (3, self.longest - 1)):
             return False
-        ids = program.input_node(Role.INPUT_IDS)
+        tokens_read = program.token_node()
         constant = builder.constant(f"counted_{node.name}", table, layer_of(node))
-        _replace(builder, node, lambda table, ids: table.narrow(axis, 0, ids.shape[1]), [constant, ids])
+        _replace(builder, node, lambda table, ids: table.narrow(axis, 0, ids.shape[1]), [constant, tokens_read])
         return True
 
 

@@ -69,6 +69,18 @@ def test_equal_layers_are_one_text(
         assert read[2] & given[0] == read[3] & given[0]
 
 
+def test_weights_are_cast_where_they_are_read() -> None:
+    """In bfloat16 no region leaves a cast weight to the next: it would be written to memory, in float32."""
+    config = LlamaConfig(num_hidden_layers=4, dtype=torch.bfloat16, **SMALL)
+    captured = kvpass.capture_model(LlamaForCausalLM(config).eval().to(torch.bfloat16))
+    program = PassManager(phase_passes(Phase.DECODE, None, one_row=True)).run(captured.graphs.located)
+    regions = cut_regions(program).regions
+    assert len(regions) == 6 and len({region.text for region in regions}) == 3
+    assert all(leaf.meta["val"].numel() <= SMALL["vocab_size"] for region in regions for leaf in region.leaves)
+    weights = [node for region in regions for node in region.reads if node.op == "get_attr"]
+    assert {program.attribute(node).dtype for node in weights} == {torch.bfloat16}
+
+
 def test_layers_of_two_kinds() -> None:
     """Gemma 3 with a layer of full attention among sliding ones: one text more."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvpass.backends.eager import run_eagerly
+from kvpass.backends.engine_sizes import EngineSizes
 from kvpass.backends.inductor import RegionalGraph, mode_options
 from kvpass.backends.regions import can_cut
 from kvpass.backends.torch_compile import CompiledGraph
@@ -14,18 +15,26 @@ from kvpass.errors import PackageError
 from kvpass.ir.program import KVProgram
 
 Runner = Callable[..., tuple[Tensor, ...]]
+TENSORRT = "tensorrt"
 
 
-def make_runner(program: KVProgram, backend: str | Callable[..., Any], mode: str | None) -> Runner:
-    """A callable over the tensors of `program.inputs`, in their order, that returns those of `program.outputs`."""
-    if backend in ("tensorrt", "torch_tensorrt"):
-        raise PackageError(
-            f"backend={backend!r}: torch.compile would lose every write to the cache there; build engines with "
-            "model.export(path, format='tensorrt')"
-        )
+def make_runner(
+    program: KVProgram, backend: str | Callable[..., Any], mode: str | None, sizes: EngineSizes | None = None
+) -> Runner:
+    """A callable over the tensors of `program.inputs`, in their order, that returns those of `program.outputs`.
+
+    sizes: for which an engine is built; of TensorRT alone.
+    """
+    if backend == "torch_tensorrt":
+        raise PackageError("backend='torch_tensorrt' of torch.compile loses every write to the cache; take 'tensorrt'")
+    if backend in ("eager", TENSORRT) and mode is not None:
+        raise ValueError(f"mode={mode!r} is for torch.compile, not for backend={backend!r}")
+    if backend == TENSORRT:
+        from kvpass.backends.tensorrt.graph import EngineGraph  # here: it is optional, and large
+
+        assert sizes is not None
+        return EngineGraph(program, sizes)
     if backend == "eager":
-        if mode is not None:
-            raise ValueError(f"mode={mode!r} is for torch.compile; backend='eager' runs the graph as it is")
         return run_eagerly(program)
     if backend == "inductor" and can_cut(program):
         options = mode_options(mode)

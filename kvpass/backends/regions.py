@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import SymInt
+from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.utils._sympy.interp import sympy_interp
@@ -59,7 +59,7 @@ class Regions:
 def cut_regions(program: KVProgram) -> Regions:
     """Cut between layers where the fewest values are alive: that is the residual stream.
 
-    Constants of sizes alone (ranges, masks of a window) are computed in each region that reads them.
+    Constants of sizes (ranges, masks of a window) and of weights (casts) are computed in each region that reads them.
     """
     cutter = _Cutter(program)
     return Regions(tuple(cutter.views), tuple(cutter.regions()))
@@ -84,7 +84,7 @@ class _Cutter:
         ]
         self.anywhere: set[Node] = set()
         for node in program.graph.nodes:
-            if _is_cheap_constant(node, self.anywhere):
+            if _is_cheap_constant(program, node, self.anywhere):
                 self.anywhere.add(node)
         apart = {*self.views, *self.anywhere}
         self.body = [node for node in program.graph.nodes if node.op == "call_function" and node not in apart]
@@ -277,8 +277,8 @@ def _measures(node: Node) -> bool:
     return isinstance(node.meta.get("val"), SymInt) and "sym_size" in str(node.target)
 
 
-def _is_cheap_constant(node: Node, constants: set[Node]) -> bool:
-    """Whether a node depends on sizes alone and is quickly computed again."""
+def _is_cheap_constant(program: KVProgram, node: Node, constants: set[Node]) -> bool:
+    """Whether a node depends on sizes and weights alone and is quickly computed again, in the loop that reads it."""
     if node.op != "call_function":
         return False
     if isinstance(node.meta.get("val"), SYMBOLIC):
@@ -286,7 +286,9 @@ def _is_cheap_constant(node: Node, constants: set[Node]) -> bool:
     tags = getattr(node.target, "tags", ())
     schema = getattr(node.target, "_schema", None)
     quick = node.target in FACTORIES or torch.Tag.pointwise in tags or _is_view(schema)
-    return quick and all(source in constants for source in node.all_input_nodes)
+    return quick and all(
+        source in constants or isinstance(_held(program, source), Tensor) for source in node.all_input_nodes
+    )
 
 
 def _is_view(schema: Any) -> bool:

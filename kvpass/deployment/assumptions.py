@@ -1,6 +1,6 @@
 """What a program assumes of the sizes of its inputs, tried for all prompts that it is for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,23 +12,23 @@ aten = torch.ops.aten
 
 
 def broken_assumption(program: ExportedProgram, lengths: Iterable[int]) -> str | None:
-    """The first length of `input_ids` at which an assertion of the graph fails, and what it says.
+    """The first length of a prompt at which an assertion of the graph fails, and what it says.
 
     Torch checks them when it runs the program; other runtimes drop them, and would compute something else.
     """
     claims = {n.args[1]: n for n in program.graph.nodes if n.target is aten._assert_scalar.default}  # layers are alike
-    (ids,) = program.graph.find_nodes(op="placeholder", target="input_ids")
+    given = set(program.graph_signature.user_inputs)
     tensors = _tensors(program)
     for tokens in lengths:
-        value = _values(tensors, ids, tokens)
+        value = _values(tensors, given, tokens)
         for claim in claims.values():
             if not value(claim.args[0]):
                 return f"for {tokens} tokens: {claim.args[1]}"
     return None
 
 
-def _values(tensors: Mapping[str, Any], ids: Node, tokens: int) -> Callable[[Any], Any]:
-    """Values of nodes that follow from the number of tokens and from the program's own tensors."""
+def _values(tensors: Mapping[str, Any], given: Collection[object], tokens: int) -> Callable[[Any], Any]:
+    """Values of nodes that follow from the number of tokens, all that varies of what is `given`, and own tensors."""
     known: dict[Node, Any] = {}
 
     def value(node: Any) -> Any:
@@ -37,7 +37,7 @@ def _values(tensors: Mapping[str, Any], ids: Node, tokens: int) -> Callable[[Any
         if node not in known:
             if node.op == "placeholder":
                 known[node] = tensors[node.name]
-            elif node.target is aten.sym_size.int and node.args == (ids, 1):
+            elif node.target is aten.sym_size.int and getattr(node.args[0], "name", None) in given:
                 known[node] = tokens
             else:
                 target: Any = node.target

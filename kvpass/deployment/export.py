@@ -1,7 +1,7 @@
 """`CompiledModel.export` and what `kvpass.load` makes of it."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +15,6 @@ from kvpass.deployment.deployed import DeployedModel, GuardedModel
 from kvpass.deployment.diff import TEXTS, program_text
 from kvpass.deployment.manifest import FORMAT, MANIFEST, LayerSpec, Manifest, PhaseSpec, phase_spec
 from kvpass.deployment.phases import export_guarded, export_prefill, export_step
-from kvpass.deployment.prompts import Prompts, prompts_of
 from kvpass.errors import PackageError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
@@ -23,6 +22,7 @@ from kvpass.package_files import check_files, new_target
 from kvpass.pass_manager import PassManager
 from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
 from kvpass.pipeline import phase_passes
+from kvpass.prompts import Prompts, prompts_of
 from kvpass.registry import press_text
 from kvpass.runtime.model import CompiledModel
 
@@ -47,11 +47,7 @@ def export_model(
     **engine: Any,
 ) -> None:
     """See `CompiledModel.export`. `engine`: what `kvpass.backends.tensorrt.write` takes beside all formats' options."""
-    checked_options(path, format, guard, batch_size, capacity)
-    if engine and format != "tensorrt":
-        raise PackageError(f"{', '.join(engine)}: for format='tensorrt' alone")
-    if for_tensorrt and format != "onnx":
-        raise PackageError(f"for_tensorrt=True: for format='onnx' alone, not {format!r}")
+    checked_options(path, format, guard, batch_size, capacity, for_tensorrt=for_tensorrt, engine=engine)
     longest = min(max_tokens or model._recipe.max_tokens, model._recipe.max_tokens)
     with new_target(path) as target:
         if guard == "in_graph":
@@ -64,7 +60,16 @@ def export_model(
         _backend(format).write(programs, manifest, texts, target, progress, **engine)
 
 
-def checked_options(path: str | Path, format: str, guard: str, batch_size: int, capacity: int | None) -> None:
+def checked_options(
+    path: str | Path,
+    format: str,
+    guard: str,
+    batch_size: int,
+    capacity: int | None,
+    *,
+    for_tensorrt: bool,
+    engine: Collection[str],
+) -> None:
     """Raises `PackageError` for options that do not go together, and for a target that is there."""
     if format not in FORMATS:
         raise PackageError(f"there is no format {format!r}; known are {', '.join(FORMATS)}")
@@ -76,6 +81,10 @@ def checked_options(path: str | Path, format: str, guard: str, batch_size: int, 
         raise PackageError("guard='in_graph' makes one program for other compilers; take format='exported_program'")
     if guard == "host" and capacity is not None:
         raise PackageError(f"capacity={capacity} is for guard='in_graph'; other programs take caches of any size")
+    if engine and format != "tensorrt":
+        raise PackageError(f"{', '.join(engine)}: for format='tensorrt' alone")
+    if for_tensorrt and format != "onnx":
+        raise PackageError(f"for_tensorrt=True: for format='onnx' alone, not {format!r}")
     if format == "aot_inductor" and Path(path).suffix != ".pt2":
         raise PackageError(f"{path}: an AOTInductor package is a file whose name ends in .pt2")
     if Path(path).exists():

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from kvpass.budget import Prompt
 from kvpass.deployment.counts import Line, Table, rule
 from kvpass.deployment.loops import retraceable
-from kvpass.deployment.prompts import Prompts
 from kvpass.errors import PackageError
 from kvpass.ir.program import STORED, KVProgram, Port, Role
 from kvpass.ir.symbols import Size
+from kvpass.prompts import Prompts
 from kvpass.runtime.layout import CacheLayout
 
 Named = dict[str, Tensor]
+COUNTED = (Role.SIZE, Role.SCALAR)  # what the host counts for a press
 
 
 class Code(nn.Module):
@@ -28,7 +29,7 @@ class Code(nn.Module):
         self._buffers.update(held._buffers)
         self._modules.update(held._modules)
         self._code = type(held).forward
-        self.device: torch.device = program.input_node(Role.INPUT_IDS).meta["val"].device
+        self.device: torch.device = program.token_node().meta["val"].device
 
     def run(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The values of the program's outputs."""
@@ -49,9 +50,7 @@ class Prefill(Code):
         tokens = input_ids.shape[1]
         positions = torch.arange(tokens, device=self.device).expand(self._batch, tokens)
         inputs = [
-            self._counted.value(port, tokens)
-            if port.role in (Role.SIZE, Role.SCALAR)
-            else _token(port, input_ids, positions)
+            self._counted.value(port, tokens) if port.role in COUNTED else _token(port, input_ids, positions)
             for port in self._program.inputs
         ]
         found = dict(zip(self._program.outputs, self.run(*inputs), strict=True))
@@ -108,6 +107,30 @@ class Step(Code):
         return {"logits": logits, **state, **named}
 
 
+class Given(Code):
+    """A functional graph as kvpass runs it: positions, lengths and caches are given, the press counts inside."""
+
+    def __init__(self, program: KVProgram, prompts: Prompts | None) -> None:
+        super().__init__(program)
+        self._program = program
+        read = {str(node.target) for node in program.placeholders() if node.users}
+        self.ports = [port for port in program.inputs if port.name in read and port.role not in COUNTED]
+        self._counted = None if prompts is None else _Counted(self, program, prompts)
+
+    def forward(self, *inputs: Tensor) -> Named:
+        """What `ports` say -> what the program leaves, by name"""
+        given = dict(zip((port.name for port in self.ports), inputs, strict=True))
+        tokens = given[str(self._program.token_node().target)].shape[1]
+        outputs = self.run(*(self._value(port, given, tokens) for port in self._program.inputs))
+        return dict(zip((port.name for port in self._program.outputs), outputs, strict=True))
+
+    def _value(self, port: Port, given: Named, tokens: Size) -> Tensor:
+        if port.role in COUNTED:
+            assert self._counted is not None
+            return self._counted.value(port, tokens)
+        return given[port.name] if port.name in given else torch.empty(0)  # which nobody reads
+
+
 class _Counted:
     """The sizes and scalars of a press as functions of S, with the tables they need as buffers of the module."""
 
@@ -116,7 +139,7 @@ class _Counted:
         press, device = prompts.press, module.device
         self._rules: dict[tuple[int, str], Line | Table] = {}
         for port in program.inputs:
-            if press is None or port.role not in (Role.SIZE, Role.SCALAR):
+            if press is None or port.role not in COUNTED:
                 continue
             key = self._key(port)
             if key not in self._rules and port.role is Role.SIZE:

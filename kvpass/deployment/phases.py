@@ -13,7 +13,7 @@ other phases write to the state, or return it if they are functional.
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -24,12 +24,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from kvpass.backends.engine_sizes import EngineSizes
 from kvpass.deployment.assumptions import broken_assumption
 from kvpass.deployment.guarded import Guarded
-from kvpass.deployment.modules import Named, Prefill, Step
-from kvpass.deployment.prompts import Prompts
+from kvpass.deployment.modules import Given, Named, Prefill, Step
 from kvpass.errors import PackageError
 from kvpass.ir.program import STORED, KVProgram
+from kvpass.ir.symbols import SYMBOLIC
+from kvpass.prompts import Prompts
 from kvpass.runtime.layout import CacheLayout
 
 CAPACITY = 1031  # slots of the first layer in the example; others have more, so that no two sizes are taken for one
@@ -39,30 +41,82 @@ Examples = Mapping[str, tuple[Tensor, dict[int, object]]]  # inputs by name, wit
 
 def export_prefill(program: KVProgram, layout: CacheLayout, prompts: Prompts, *, batch_size: int) -> ExportedProgram:
     """The functional prefill graph as a program of the ids alone."""
-    shortest, longest = prompts.tokens[0], prompts.tokens[-1]
-    usual = [n for n in prompts.tokens if n >= 2 * shortest + TOKENS]
-    for tokens in [usual[0], usual[-1], usual[len(usual) // 2]] if usual else prompts.tokens[::-1]:
+
+    def tried(tokens: int) -> ExportedProgram:
         module = Prefill(program, layout, prompts, batch_size)
         ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=module.device)
+        return _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=prompts.tokens[0], max=prompts.tokens[-1])})})
+
+    return _good_for_all(prompts.tokens, tried)
+
+
+def export_given(program: KVProgram, sizes: EngineSizes, *, batch_size: int) -> ExportedProgram:
+    """A functional graph as a program of what kvpass gives it at every call. See `Given`."""
+    least, _, most = sizes.tokens
+
+    def tried(tokens: int) -> ExportedProgram:
+        module = Given(program, sizes.prompts)
+        examples: dict[str, tuple[Tensor, dict[int, object]]] = {}
+        for port in module.ports:
+            value = next(node for node in program.placeholders() if node.target == port.name).meta["val"]
+            shape, axes = list(value.shape), dict[int, object]()
+            for axis, name in enumerate(map(program.shapes.text, value.shape)):
+                ring = None if port.layer is None else sizes.rings[port.layer]
+                if name == "B":
+                    shape[axis] = batch_size
+                elif name == "S":
+                    shape[axis], axes[axis] = tokens, Dim.DYNAMIC(min=least, max=most)
+                elif port.role in STORED and isinstance(value.shape[axis], SYMBOLIC):
+                    shape[axis] = ring or CAPACITY + (port.layer or 0)
+                    axes |= {} if ring else {axis: Dim.DYNAMIC}
+            examples[port.name] = (torch.zeros(shape, dtype=value.dtype, device=module.device), axes)
+        return _exported(module, examples)
+
+    if sizes.prompts is None:
+        return _traced_with(max(least, min(TOKENS, most)), tried)
+    return _good_for_all(sizes.prompts.tokens, tried)
+
+
+def _traced_with(most: int, tried: Callable[[int], ExportedProgram]) -> ExportedProgram:
+    """A program exported with so many tokens, or with a few less: a small number can equal another size."""
+    for tokens in range(most, max(most - 8, 0), -1):
         try:
-            made = _exported(module, {"input_ids": (ids, {1: Dim.DYNAMIC(min=shortest, max=longest)})})
+            return tried(tokens)
+        except ValueError as error:
+            refused = error
+    raise PackageError(f"no graph holds for all numbers of tokens up to {most}: {refused}") from refused
+
+
+def _good_for_all(prompts: Sequence[int], tried: Callable[[int], ExportedProgram]) -> ExportedProgram:
+    """A program exported with a prompt of some tokens that holds for all `prompts`.
+
+    Raises `PackageError` if there is none.
+    """
+    usual = [n for n in prompts if n >= 2 * prompts[0] + TOKENS]
+    for tokens in [usual[0], usual[-1], usual[len(usual) // 2]] if usual else prompts[::-1]:
+        try:
+            made = tried(tokens)
         except ValueError as error:  # a short example can equal another size, e.g. the number of heads
             refused = str(error)
             continue
-        if (assumed := broken_assumption(made, prompts.tokens)) is None:
+        if (assumed := broken_assumption(made, prompts)) is None:
             return made
         refused = assumed  # a part of the example was a single token, say
-    raise PackageError(f"no graph holds for all prompts of {prompts.ranges} tokens: {refused}")
+    raise PackageError(f"no graph holds for all prompts of {prompts[0]} to {prompts[-1]} tokens: {refused}")
 
 
 def export_step(
     program: KVProgram, layout: CacheLayout, *, batch_size: int, longest: int, functional: bool
 ) -> ExportedProgram:
     """The extend or decode graph as a program of ids and state."""
-    module = Step(program, batch_size, functional=functional)
-    ids = torch.zeros(batch_size, 1 if module.decodes else TOKENS, dtype=torch.int64, device=module.device)
-    axes: dict[int, object] = {} if module.decodes else {1: Dim.DYNAMIC(min=2, max=longest)}
-    return _exported(module, {"input_ids": (ids, axes), **_state(module, layout, batch_size)})
+
+    def tried(tokens: int) -> ExportedProgram:
+        module = Step(program, batch_size, functional=functional)
+        ids = torch.zeros(batch_size, 1 if module.decodes else tokens, dtype=torch.int64, device=module.device)
+        axes: dict[int, object] = {} if module.decodes else {1: Dim.DYNAMIC(min=2, max=longest)}
+        return _exported(module, {"input_ids": (ids, axes), **_state(module, layout, batch_size)})
+
+    return _traced_with(min(TOKENS, longest), tried)
 
 
 def export_guarded(

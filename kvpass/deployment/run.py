@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,6 +35,8 @@ class ExportSettings:
     capacity: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    for_tensorrt: bool = False
+    targets: tuple[str, ...] = ()
 
 
 def run_export(console: Console, settings: ExportSettings) -> None:
@@ -41,7 +44,16 @@ def run_export(console: Console, settings: ExportSettings) -> None:
 
     Raises `KVPassError` for what is wrong with the arguments, before anything slow where possible.
     """
-    checked_options(settings.out, settings.format, settings.guard, settings.batch_size, settings.capacity)
+    engine: dict[str, Any] = {"targets": settings.targets} if settings.targets else {}
+    checked_options(
+        settings.out,
+        settings.format,
+        settings.guard,
+        settings.batch_size,
+        settings.capacity,
+        for_tensorrt=settings.for_tensorrt,
+        engine=engine,
+    )
     with step(console, f"Loading {settings.model}"):
         model = loaded_model(settings.model, getattr(torch, settings.dtype), torch.device(settings.device))
     with step(console, "Capturing the model"):
@@ -55,6 +67,8 @@ def run_export(console: Console, settings: ExportSettings) -> None:
             max_tokens=settings.max_tokens,
             capacity=settings.capacity,
             progress=progress,
+            for_tensorrt=settings.for_tensorrt,
+            **engine,
         )
     console.print(Text(f"{settings.out}: {bytes_of(settings.out) / 2**20:,.1f} MiB"), soft_wrap=True)
 

@@ -101,6 +101,11 @@ class KVProgram:
             raise KeyError(f"the {self.form.name} graph has no input {role.value!r} for layer {layer}")
         return next(node for node in self.placeholders() if node.target == names[0])
 
+    def token_node(self) -> Node:
+        """The placeholder that the tokens come in by, [B, S] as ids or [B, S, D_model] as embeddings."""
+        (name,) = [port.name for port in self.inputs if port.role in (Role.INPUT_IDS, Role.EMBEDDINGS)]
+        return next(node for node in self.placeholders() if node.target == name)
+
     def output_node(self) -> Node:
         return self.graph.output_node()
 

@@ -62,6 +62,19 @@ class CompressedCache(Cache):
             self._bound = (ports, found.copy())
         return found
 
+    def store(self, returned: Sequence[tuple[Port, Tensor]], rows: slice | None = None) -> None:
+        """Keep what a graph returned of some rows (None: all) as the first slots of a layer, or as all of them."""
+        for port, tensor in returned:
+            assert port.layer is not None
+            layer, which = self.layout.holder(port.layer), STORED.index(port.role)
+            buffers = self._buffers[layer]
+            if rows is None and tensor.shape == buffers[which].shape:
+                self._buffers[layer] = (*buffers[:which], tensor, *buffers[which + 1 :])
+                self._bound = None
+            else:
+                held = buffers[which] if rows is None else buffers[which][rows]
+                held[:, :, : tensor.shape[2]] = tensor
+
     def allocate(self, batch: int, entries: Sequence[int]) -> None:
         """Room for a fresh prefill that leaves at most `entries[layer]` in each row of a layer."""
         with torch.inference_mode(False):

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpass.backends import streams_memory
+from kvpass.backends import TENSORRT, streams_memory
+from kvpass.backends.engine_sizes import EngineSizes, Profile, sizes_of
 from kvpass.budget import Budget, Prompt
 from kvpass.errors import InputError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import Role
+from kvpass.pass_manager import Pass
+from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
+from kvpass.pipeline import phase_passes
 from kvpass.press import Press
+from kvpass.prompts import prompts_of
+from kvpass.registry import press_text
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.guard import choose_phase
 from kvpass.runtime.layout import CacheLayout, Context, Extent
@@ -34,6 +40,7 @@ class Recipe:
     max_tokens: int
     layers: frozenset[int] | None = None  # those to press, None: all that can be
     print_ir: PrintIR = None
+    profile: Profile | None = None  # sizes that TensorRT builds engines for
 
 
 @dataclass(frozen=True)
@@ -70,17 +77,40 @@ class Execution:
         key = (phase, press, embeddings, one_row)
         if key not in self.ready:
             recipe = self.recipe
-            self.ready[key] = self.graphs.get(
-                phase,
-                press,
-                recipe.layers,
-                recipe.backend,
-                recipe.mode,
-                recipe.print_ir,
-                embeddings=embeddings,
-                one_row=one_row,
-            )
+            steps = self.passes(phase, press, embeddings=embeddings, one_row=one_row)
+            sizes = self._engine_sizes(phase, press)
+            self.ready[key] = self.graphs.get(steps, recipe.backend, recipe.mode, recipe.print_ir, sizes)
         return self.ready[key]
+
+    def passes(
+        self, phase: Phase, press: Press | None = None, *, embeddings: bool = False, one_row: bool = False
+    ) -> tuple[Pass, ...]:
+        """The passes that make the graph of a phase."""
+        tensorrt, sizes = None, self._engine_sizes(phase, press)
+        if sizes is not None:
+            most = sizes.prompts.greatest(len(self.layout.layers)) if sizes.prompts else ()
+            told = press_text(self.recipe.press) if self.recipe.press and sizes.prompts else "no press"
+            tensorrt = LowerForTensorRT(sizes.tokens[2], most, told)
+        return phase_passes(
+            phase,
+            press,
+            self.recipe.layers,
+            embeddings=embeddings,
+            one_row=one_row,
+            functional=sizes is not None,
+            tensorrt=tensorrt,
+        )
+
+    def _engine_sizes(self, phase: Phase, press: Press | None) -> EngineSizes | None:
+        """For which sizes TensorRT is to build an engine."""
+        recipe, layers = self.recipe, self.layout.layers
+        if recipe.backend != TENSORRT:
+            return None
+        prompts = None
+        if phase is Phase.PREFILL:
+            known = prompts_of(recipe.press if press else None, recipe.budget, len(layers), recipe.max_tokens)
+            prompts = next((those for those in known if those.press == press), known[-1])
+        return sizes_of(phase, prompts, recipe.max_tokens, tuple(layer.ring for layer in layers), recipe.profile or {})
 
     # -- a first prompt ----------------------------------------------------------------------------------------
 
@@ -217,14 +247,18 @@ class Execution:
                     inputs[place] = torch.full((tokens.shape[0],), count, device=self.device)
                 case _:
                     inputs[place] = given[port.name]
-        return graph.run(*inputs)
+        outputs = graph.run(*inputs)
+        if graph.returned:
+            stored = [(port, outputs[place]) for place, port in graph.returned]
+            cache.store(stored, None if whole else chosen)
+        return outputs
 
     def _positions(
         self, graph: PhaseGraph, cache: CompressedCache, rows: Rows, chosen: slice, count: int
     ) -> dict[Role, Tensor]:
         """The positions [b, S] of some rows, and those on each axis, [axes, b, S]."""
         counted = cache.next_of_rows[chosen, None] + torch.arange(count, device=self.device)
-        axes = graph.program.axes
+        axes = graph.axes
         if rows.positions is None:
             return {Role.POSITION_IDS: counted, Role.POSITION_AXES: counted.expand(axes, -1, -1).contiguous()}
         own = rows.positions[:, chosen, :count]

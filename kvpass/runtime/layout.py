@@ -44,6 +44,7 @@ class CacheLayout:
     layers: tuple[LayerLayout, ...]
     model_id: str
     capacity: int | None = None  # slots per layer that are never exceeded; None: grows as needed
+    whole_rings: bool = False  # whether rings have all their slots from the start
 
     def holder(self, layer: int) -> int:
         """The layer that stores what this one reads: itself, or the one whose keys it shares."""
@@ -58,6 +59,8 @@ class CacheLayout:
     def slots(self, layer: LayerLayout, entries: int) -> int:
         """How many slots to allocate where `entries` are needed. Raises `CacheError` beyond the fixed capacity."""
         if layer.ring is not None:
+            if self.whole_rings:
+                return layer.ring
             entries = min(entries, layer.ring)
         if self.capacity is not None:
             if entries > self.capacity:

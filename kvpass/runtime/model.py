@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from kvpass.backends import TENSORRT
 from kvpass.budget import Budget, Prompt
 from kvpass.errors import CacheError, InputError, PackageError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.printer import graph_diff, graph_text
 from kvpass.ir.program import KVProgram
 from kvpass.pass_manager import PassManager, PassRecord
-from kvpass.pipeline import phase_passes
 from kvpass.press import Press
 from kvpass.runtime.cache import CompressedCache
 from kvpass.runtime.execution import Execution, Recipe
@@ -114,7 +114,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         return result
 
     def set_budget(self, *, ratio: float | None = None, target_size: int | None = None) -> None:
-        """Keep another share of every prompt from now on; nothing is compiled anew.
+        """Keep another share of every prompt from now on; nothing is compiled anew, but for TensorRT.
 
         Raises `PressError` for a bad value, or if the model was compiled without a press (or with ratio=0).
         """
@@ -126,6 +126,8 @@ class CompiledModel(nn.Module, GenerationMixin):
                 f"{budget}: {self._recipe.press.name} says itself what it keeps; compile with other options"
             )
         self._execution.recipe = replace(self._recipe, budget=budget)
+        if self._recipe.backend == TENSORRT:
+            self._execution.ready.clear()  # an engine counts by itself
 
     @property
     def _recipe(self) -> Recipe:
@@ -273,7 +275,7 @@ class CompiledModel(nn.Module, GenerationMixin):
 
         `only` names one pass, e.g. "splice-press"; otherwise all of them behind the cut into phases.
         """
-        steps = phase_passes(_as_phase(phase), self._example_press(), self._recipe.layers)
+        steps = self._execution.passes(_as_phase(phase), self._example_press())
         names = [step.name for step in steps]
         if only is not None and only not in names:
             raise ValueError(f"there is no pass {only!r} in {phase}; its passes are {', '.join(names)}")

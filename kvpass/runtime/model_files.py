@@ -16,7 +16,6 @@ from kvpass.errors import PackageError
 from kvpass.graph_store import GraphStore, name_of
 from kvpass.ir.form import Phase
 from kvpass.package_files import check_files, digests, new_target, versions
-from kvpass.pipeline import phase_passes
 from kvpass.registry import press_text
 from kvpass.runtime.model import CompiledModel
 
@@ -49,6 +48,7 @@ def save_model(model: CompiledModel, path: str | Path) -> None:
         "layers": None if recipe.layers is None else sorted(recipe.layers),
         "backend": recipe.backend,
         "mode": recipe.mode,
+        "profile": recipe.profile,
         "capacity": execution.layout.capacity,
         "device": str(model.device),
     }
@@ -117,7 +117,7 @@ def _write_graphs(model: CompiledModel, store: GraphStore) -> None:
     for phase in Phase:
         press = model._example_press() if phase is Phase.PREFILL else None
         for one_row in (False, True) if phase is Phase.DECODE else (False,):
-            name = name_of(phase_passes(phase, press, model._recipe.layers, one_row=one_row))
+            name = name_of(model._execution.passes(phase, press, one_row=one_row))
             if name is not None:
                 graph = model._execution.phase(phase, press, one_row=one_row)
                 store.save(name, graph.program, graph.records)

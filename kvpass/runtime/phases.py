@@ -6,12 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from kvpass.backends import Runner, make_runner
+from kvpass.backends.engine_sizes import EngineSizes
 from kvpass.graph_store import GraphStore, name_of, passes_are_watched
-from kvpass.ir.form import Phase
 from kvpass.ir.program import STORED, KVProgram, Port
 from kvpass.pass_manager import Pass, PassManager, PassRecord
-from kvpass.pipeline import phase_passes
-from kvpass.press import Press
 
 SHARED = 2  # passes before the press; they ask it only how long its prompts are
 PrintIR = str | Callable[[str, str], None] | None
@@ -30,6 +28,16 @@ class PhaseGraph:
         """The inputs that are other tensors at every call, with their places; all but the storage of the cache."""
         return tuple((place, port) for place, port in enumerate(self.program.inputs) if port.role not in STORED)
 
+    @cached_property
+    def axes(self) -> int:
+        """How many positions a token has; asked at every token, where the program would look through its nodes."""
+        return self.program.axes
+
+    @cached_property
+    def returned(self) -> tuple[tuple[int, Port], ...]:
+        """The outputs that must be stored in the cache, with their places; none where the graph writes to it."""
+        return tuple((place, port) for place, port in enumerate(self.program.outputs) if port.role in STORED)
+
 
 @dataclass
 class PhaseGraphs:
@@ -42,26 +50,17 @@ class PhaseGraphs:
 
     def get(
         self,
-        phase: Phase,
-        press: Press | None,
-        layers: frozenset[int] | None,
+        steps: tuple[Pass, ...],
         backend: str | Callable[..., Any],
         mode: str | None,
         print_ir: PrintIR = None,
-        *,
-        embeddings: bool = False,
-        one_row: bool = False,
+        sizes: EngineSizes | None = None,
     ) -> PhaseGraph:
-        """The graph of a phase, run through the passes and handed to the backend at its first mention.
-
-        embeddings, one_row: see `phase_passes`.
-        """
-        shared = (phase, backend, mode, embeddings, one_row)
-        key = (*shared, press, layers) if phase is Phase.PREFILL else shared
+        """What the passes of a phase make, handed to the backend, at its first mention. sizes: see `make_runner`."""
+        key = (steps, backend, mode, sizes)
         if key not in self._built:
-            steps = phase_passes(phase, press, layers, embeddings=embeddings, one_row=one_row)
             program, records = self._made(steps, print_ir)
-            self._built[key] = PhaseGraph(program, records, make_runner(program, backend, mode))
+            self._built[key] = PhaseGraph(program, records, make_runner(program, backend, mode, sizes))
         return self._built[key]
 
     def _made(self, steps: Sequence[Pass], print_ir: PrintIR) -> tuple[KVProgram, list[PassRecord]]:

@@ -11,10 +11,10 @@ from models import compiled_model
 from torch import Tensor
 
 import kvpass
-from kvpass.backends.tensorrt.conversion import Network
+from kvpass.backends.tensorrt.conversion import Network, profile_of
 from kvpass.backends.tensorrt.engines import network_of
 from kvpass.backends.tensorrt.evaluation import evaluate
-from kvpass.deployment.export import _manifest, prefill_program, prompts_of, step_program
+from kvpass.deployment.export import prefill_program, prompts_of, step_program
 from kvpass.deployment.manifest import PhaseSpec, phase_spec
 from kvpass.ir.form import Phase
 
@@ -68,8 +68,8 @@ def step(arch: str, phase: Phase) -> ConvertedPhase:
 
 def _converted(model: kvpass.CompiledModel, phase: str, tokens: list[tuple[int, int]], program: Any) -> ConvertedPhase:
     spec = phase_spec(phase, phase, tokens, program)
-    manifest = _manifest(model, "tensorrt", "host", 1, [spec])
-    return ConvertedPhase(spec, network_of(program, spec, manifest, {"slots": (1, 100, MAX_TOKENS)}))
+    extents = profile_of(spec, model._recipe.max_tokens, slots=(1, 100, MAX_TOKENS))
+    return ConvertedPhase(spec, network_of(program, spec, extents, None))
 
 
 def distinct_ids(tokens: int, seed: int = 0) -> Tensor:

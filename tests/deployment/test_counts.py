@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from kvpass.budget import Budget, kept_count
 from kvpass.deployment.counts import Line, Table, rule
-from kvpass.deployment.prompts import prompts_of
 from kvpass.errors import PackageError
+from kvpass.prompts import prompts_of
 from kvpass.registry import resolve_press
 
 LENGTHS = range(2, 3000)

@@ -10,10 +10,10 @@ from models import captured_model, compiled_model
 from tiny_models import tiny_model
 
 import kvpass
-from kvpass.backends.tensorrt.conversion import lower
+from kvpass.backends.tensorrt.conversion import lower, profile_of
 from kvpass.backends.tensorrt.engines import network_of
 from kvpass.backends.tensorrt.library import library
-from kvpass.deployment.export import _manifest, prefill_program, prompts_of, step_program
+from kvpass.deployment.export import prefill_program, prompts_of, step_program
 from kvpass.deployment.manifest import phase_spec
 from kvpass.errors import PackageError
 from kvpass.ir.form import Phase
@@ -75,7 +75,7 @@ def test_engines_are_built(dtype: torch.dtype) -> None:
     }
     for (phase, tokens), program in programs.items():
         spec = phase_spec(phase, phase, tokens, program)
-        network = network_of(program, spec, _manifest(model, "tensorrt", "host", 1, [spec]), {})
+        network = network_of(program, spec, profile_of(spec, model._recipe.max_tokens), None)
         names = [network.definition.get_output(i).name for i in range(network.definition.num_outputs)]
         assert names[0] == "logits" and len({*names, *network.profile}) == len(names) + len(network.profile)
         assert network.build(TARGETS)
@@ -112,12 +112,12 @@ def test_report() -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says what to install; torch.compile's backend of that name is refused."""
+    """The error says what to install; torch.compile's backend is refused."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PackageError, match=r"pip install 'kvpass\[tensorrt\]'"):
         library.__wrapped__()
-    with pytest.raises(PackageError, match="would lose every write"):
-        kvpass.compile(captured_model("llama"), backend="tensorrt").prefill(distinct_ids(5))
+    with pytest.raises(PackageError, match="loses every write"):
+        kvpass.compile(captured_model("llama"), backend="torch_tensorrt").prefill(distinct_ids(5))
 
 
 def test_a_program_that_writes_is_refused() -> None:

@@ -26,3 +26,17 @@ def test_greedy_text(arch: str, press: str | None, tmp_path: Path) -> None:
         ids = distinct_ids(tokens)
         text = expected.generate(ids, max_new_tokens=12, do_sample=False)
         assert torch.equal(engines.generate(ids.cuda(), 12).cpu(), text)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_as_a_backend(arch: str) -> None:
+    """kvpass runs the engines itself, over its own cache; also a batch whose rows differ in length."""
+    expected = kvpass.compile(tiny_model(arch), "knorm", 0.5, backend="eager")
+    sizes = {"prefill": (2, 64, 200), "extend": (2, 8, 60), "slots": (2, 100, 700)}
+    model = kvpass.compile(tiny_model(arch).cuda(), "knorm", 0.5, backend="tensorrt", profile=sizes)
+    ids, mask = torch.cat([distinct_ids(149), distinct_ids(149, seed=1)]), torch.ones(2, 149, dtype=torch.int64)
+    mask[1, :40] = 0
+    for rows in (1, 2):
+        options = {"max_new_tokens": 12, "do_sample": False}
+        text = expected.generate(ids[:rows], attention_mask=mask[:rows], **options)
+        assert torch.equal(model.generate(ids[:rows].cuda(), attention_mask=mask[:rows].cuda(), **options).cpu(), text)

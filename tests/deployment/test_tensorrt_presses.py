@@ -10,12 +10,12 @@ from presses.catalogue import press_by_name
 from tiny_models import tiny_model
 
 import kvpass
-from kvpass.deployment.prompts import prompts_of
 from kvpass.errors import KVPassError
 from kvpass.ir.form import Phase
 from kvpass.pass_manager import PassManager
 from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
 from kvpass.pipeline import phase_passes
+from kvpass.prompts import prompts_of
 
 README = Path(__file__).parents[2] / "README.md"
 REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observed_attention"}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import kvpass
 from kvpass.deployment.export import prefill_program
-from kvpass.deployment.prompts import prompts_of
 from kvpass.ir import tensorrt_code as code
+from kvpass.prompts import prompts_of
 
 
 def numbers(*shape: int, distinct: int = 9) -> Tensor:

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.fx import GraphModule
 
+from kvpass.backends.engine_sizes import Range, slot_range, token_range
 from kvpass.backends.tensorrt.library import library
 from kvpass.deployment.manifest import PhaseSpec, TensorSpec
 from kvpass.errors import PackageError
@@ -19,7 +20,6 @@ WRITES = (OutputKind.USER_INPUT_MUTATION, OutputKind.BUFFER_MUTATION, OutputKind
 LOG = "torch_tensorrt [TensorRT Conversion Context]"
 # What TensorRT logs as errors though nothing is wrong: names that are taken, and that there is no GPU.
 HARMLESS = ("Failed attempt to rename a layer", "Error Code 1: Cuda Runtime")
-Range = tuple[int, int, int]  # least, usual and greatest value of a size
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,16 @@ class Extent:
     names: tuple[str, ...]  # of its sizes; those that have one name are equal
 
 
-Profile = Mapping[str, Extent]  # by the name of an input
+Extents = Mapping[str, Extent]  # by the name of an input
 
 
 def profile_of(
     phase: PhaseSpec, max_tokens: int, *, tokens: Range | None = None, slots: Range | None = None
-) -> Profile:
-    """The sizes of a phase's inputs: S new tokens and C slots of a layer, as given or as they may occur.
-
-    The usual ones are what an engine is tuned for: prompts of 1024 tokens, questions of 64, caches of 2048 slots.
-    """
+) -> Extents:
+    """The sizes of a phase's inputs: S new tokens and C slots of a layer, as given or as they may occur."""
     low, high = phase.tokens[0][0], phase.tokens[-1][1]
-    new = tokens or (low, max(low, min(1024 if phase.phase == "prefill" else 64, high)), high)
-    held = slots or (low, min(2048, max_tokens), max_tokens)
-    held = tuple(max(pair) for pair in zip(held, new, strict=True))  # type: ignore[assignment]  # new ones fit in
+    new = token_range(phase.phase, low, high, tokens)
+    held = slot_range(low, new, max_tokens, slots)
 
     def shape(port: TensorSpec, which: int) -> tuple[int, ...]:
         return tuple(s if isinstance(s, int) else (new if s == "S" else held)[which] for s in port.shape)
@@ -67,7 +63,7 @@ class Network:
     """A network of TensorRT with what made it."""
 
     interpreter: Any
-    profile: Profile
+    profile: Extents
 
     @property
     def definition(self) -> Any:
@@ -143,7 +139,7 @@ def converters_of(lowered: GraphModule) -> dict[torch.fx.Node, str | None]:
     return {node: None if entry is None else str(entry[0].__module__) for node, entry in found.items()}
 
 
-def convert(lowered: GraphModule, profile: Profile, outputs: Sequence[str]) -> Network:
+def convert(lowered: GraphModule, profile: Extents, outputs: Sequence[str]) -> Network:
     """The network of a lowered graph; sizes of its inputs may be as `profile` says, outputs are called so.
 
     Raises `PackageError` if a converter fails.

@@ -22,15 +22,15 @@ class Prompts:
         starts = [n for n in self.tokens if n - 1 not in known]
         return list(zip(starts, [n for n in self.tokens if n + 1 not in known], strict=True))
 
-    def greatest(self, layers: int) -> dict[str, int]:
-        """The greatest value of each size that the press counts, in any of so many layers."""
+    def greatest(self, layers: int) -> tuple[tuple[str, int], ...]:
+        """The greatest value of each size that the press counts, in any of so many layers, by its name."""
         found: dict[str, int] = {}
         if self.press is not None:
             for tokens in self.tokens:
                 for layer in range(layers) if self.press.per_layer else (0,):
                     for name, size in self.press.sizes(Prompt(tokens, self.budget, layer, layers)).items():
                         found[name] = max(found.get(name, 0), size)
-        return found
+        return tuple(sorted(found.items()))
 
 
 def prompts_of(press: Press | None, budget: Budget, layers: int, longest: int) -> list[Prompts]:
