@@ -140,11 +140,13 @@ def measure(console: Console, settings: Settings, folder: Path, *, warm: bool) -
         row.prefill_floor = prefill_floor(model, settings.context, hardware)
     if warm:
         for row in (row for row in rows if row.samples and row.name.startswith("kvpass")):
-            with console.status(f"once more in another process: {row.name}"):
-                _cache_in(folder / str(rows.index(row)))
-                row.warm = _in_another_process(settings, row.name) - (
-                    row.of("prefill") + row.of("step") * (settings.new_tokens - 1)
-                )
+            # In this process the subjects before it left code in memory, which is in no folder of its own.
+            _cache_in(folder / f"alone-{rows.index(row)}")
+            one_run = row.of("prefill") + row.of("step") * (settings.new_tokens - 1)
+            with console.status(f"in a process of its own: {row.name}"):
+                row.cold = _in_another_process(settings, row.name) - one_run
+            with console.status(f"in another one: {row.name}"):
+                row.warm = _in_another_process(settings, row.name) - one_run
     return hardware, rows
 
 
