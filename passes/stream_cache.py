@@ -15,7 +15,7 @@ from kvpass.ir.subgraph import argument
 from kvpass.pass_manager import Pass
 
 QUERIES = 8  # of one KV head; with more of them a matrix product reads no more often than they do
-CHANNELS = 16  # float32 numbers in the widest vector register
+CHANNELS = 16  # float32 numbers in the widest vector register; it holds twice as many of 16 bits
 SUMS = 16  # of such registers that are added up at once, half of those there are
 
 
@@ -25,11 +25,12 @@ class StreamCache(Pass):
 
     before:  scaled_dot_product_attention: f32[1, 2, 2, 16] = scaled_dot_product_attention(flatten, keys_out_0, ...)
     after:   stack: f32[1, 2, 2, C_0] = stack([sum(mul(keys_out_0, slice(flatten, 2, 0, 1)), [-1]), ...], 2)
-             softmax: f32[1, 2, 2, C_0] = softmax(where(mask, stack, -inf), -1)
-             streamed_attention_0: f32[1, 2, 2, 16] = stack([sum(mul(softmax, values_out_0), [2]), ...], 2)
+             exp: f32[1, 2, 2, C_0] = exp(sub(where(mask, stack, -inf), amax(...)))
+             stack_1: f32[1, 2, 2, 16] = stack([sum(mul(exp, values_out_0), [2]), ...], 2)
+             streamed_attention_0: f32[1, 2, 2, 16] = div(stack_1, sum(exp, [3]))
 
     Values are summed in as many columns as fit into vector registers side by side: one sum a column would walk over
-    them once for each. Sums are in float32.
+    them once for each. What a softmax divides by is divided by at the end, not once a pair. Sums are in float32.
     """
 
     name: ClassVar[str] = "stream-cache"
@@ -80,17 +81,17 @@ def attention(scale: float | None) -> Callable[..., Tensor]:
         scores = torch.stack([(key * scaled[:, :, row : row + 1]).sum(dim=-1) for row in rows], dim=2)
         if mask is not None:
             scores = torch.where(mask, scores, float("-inf"))
-        weights = torch.softmax(scores, dim=-1).unsqueeze(-1)
-        columns = summands.split(_width(value.shape[3], len(rows)), dim=3)
-        sums = [torch.cat([(weights[:, :, row] * column).sum(dim=2) for column in columns], dim=-1) for row in rows]
-        return cast(torch.stack(sums, dim=2), value.dtype)
+        powers = torch.exp(scores - scores.amax(dim=-1, keepdim=True)).unsqueeze(-1)
+        columns = summands.split(_width(value, len(rows)), dim=3)
+        sums = [torch.cat([(powers[:, :, row] * column).sum(dim=2) for column in columns], dim=-1) for row in rows]
+        return cast(torch.stack(sums, dim=2) / powers.sum(dim=3), value.dtype)
 
     return attended
 
 
-def _width(channels: int, rows: int) -> int:
-    """How many channels are summed side by side."""
-    width = CHANNELS
+def _width(value: Tensor, rows: int) -> int:
+    """How many channels are summed side by side: as many as fill a register before they are cast, or more."""
+    channels, width = value.shape[3], CHANNELS * 4 // value.itemsize
     while channels * rows > SUMS * width:
         width *= 2
     return width if channels % width == 0 else channels

@@ -112,6 +112,17 @@ def test_any_backend_of_torch_compile(models: tuple[kvpass.CompiledModel, kvpass
         kvpass.compile(captured_model("llama"), "snapkv", ratio=0.5, mode="fastest").prefill(ids)
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_write_the_same_text(mode: str) -> None:
+    """The default one is compared everywhere else."""
+    captured = captured_model("llama")
+    model = kvpass.compile(captured, "snapkv(window_size=8)", 0.5, mode=mode)
+    eager = kvpass.compile(captured, "snapkv(window_size=8)", 0.5, backend="eager")
+    for tokens in (41, 118):
+        texts = [m.generate(token_ids(1, tokens), max_new_tokens=8, do_sample=False) for m in (model, eager)]
+        assert torch.equal(*texts)
+
+
 def test_a_budget_as_long_as_the_prompt() -> None:
     """Sizes that are equal by accident are told apart in an order that is possible: kept, read, stored."""
     press = "per_layer(knorm, compression_ratios=(0.0, 0.5))"

@@ -172,13 +172,23 @@ def _exported(module: nn.Module, examples: Examples) -> ExportedProgram:
     tensors, axes = zip(*examples.values(), strict=True)
     with torch.no_grad():
         program = export(
-            module, tensors, dynamic_shapes=axes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            module,
+            tensors,
+            dynamic_shapes=tuple({axis: _widened(wanted) for axis, wanted in found.items()} for found in axes),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
     for part in program.graph_module.modules():  # branches, too
         if isinstance(part, GraphModule):
             _tidy(part)
     _allow_all(program, examples)
     return program
+
+
+def _widened(wanted: Any) -> Any:
+    """A range in which tracing may rule a size out: of two that are allowed, the other one would be a constant."""
+    least, most = getattr(wanted, "min", None), getattr(wanted, "max", None)
+    return wanted if least is None or most is None else Dim.DYNAMIC(min=least, max=max(most, least + TOKENS))
 
 
 def _allow_all(program: ExportedProgram, examples: Examples) -> None:

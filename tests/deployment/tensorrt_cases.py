@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from models import compiled_model
+from presses.catalogue import press_by_name
+from tiny_models import tiny_model
 from torch import Tensor
 
 import kvpass
@@ -21,12 +23,28 @@ from kvpass.ir.form import Phase
 LONGEST = 200  # prompt; the examples that are traced have at most 130 tokens
 MAX_TOKENS = 300
 TARGETS = ("SM80", "SM89", "SM120")
+REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observed_attention"}
+OURS = [name for name, cls in kvpass.registered_presses().items() if cls.__module__.startswith("kvpass.")]
+TAKEN = sorted(set(OURS) - REFUSED)
 Named = dict[str, Tensor]
 
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("torch_tensorrt") is None,
     reason="needs torch-tensorrt-rtx: pip install --no-deps torch-tensorrt-rtx, see the README",
 )
+
+
+@functools.cache
+def one_layer(arch: str, dtype: torch.dtype = torch.float32) -> kvpass.CapturedModel:
+    """Enough for a press: it says the same of every layer. That of Gemma 3 attends in full; rings are not pressed."""
+    full = {"layer_types": ["full_attention"]} if arch == "gemma3_text" else {}
+    return kvpass.capture_model(tiny_model(arch, dtype=dtype, num_hidden_layers=1, **full))
+
+
+def model_with(name: str, arch: str = "llama", dtype: torch.dtype = torch.float32) -> kvpass.CompiledModel:
+    """Compiled with a press of the registry."""
+    press = press_by_name(name, 1)
+    return kvpass.compile(one_layer(arch, dtype), press, 0.5 if press.needs_budget else None, backend="eager")
 
 
 @dataclass

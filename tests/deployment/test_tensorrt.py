@@ -45,6 +45,8 @@ def test_texts(arch: str, press: str) -> None:
     phases = prefills(model)
     for tokens in LENGTHS:
         check_steps(arch, model, tokens, check_prompt(model, phases, tokens))
+    for phase in (Phase.EXTEND, Phase.DECODE):
+        assert step(arch, phase).network.build(("SM89",))
 
 
 def test_windows() -> None:

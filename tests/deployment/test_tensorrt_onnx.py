@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from deployment.packages import PRESSES
-from deployment.tensorrt_cases import LONGEST, MAX_TOKENS, Named, check_prompt, distinct_ids, needs_tensorrt, with_room
-from tiny_models import tiny_model
+from deployment.tensorrt_cases import (
+    LONGEST,
+    MAX_TOKENS,
+    TAKEN,
+    Named,
+    check_prompt,
+    distinct_ids,
+    model_with,
+    needs_tensorrt,
+    with_room,
+)
 
 import kvpass
 from kvpass.backends.onnx import OnnxRunner, write_phases
@@ -29,9 +37,8 @@ pytestmark = needs_tensorrt
 LENGTHS = (53, 149)  # neither is an example's
 
 
-@functools.cache
-def one_layer() -> kvpass.CapturedModel:
-    return kvpass.capture_model(tiny_model("llama", num_hidden_layers=1))
+OTHERS = ("chunkkv", "expected_attention", "key_rerotation", "knorm", "snapkv", "streaming_llm")
+CASES = [("llama", press) for press in TAKEN] + [(arch, press) for arch in ("qwen3", "gemma3_text") for press in OTHERS]
 
 
 @dataclass
@@ -83,10 +90,10 @@ def parsed(phase: str, tokens: list[tuple[int, int]], program: Any, folder: Path
     return Parsed(phase_spec(phase, phase, tokens, program), folder)
 
 
-@pytest.mark.parametrize("press", PRESSES)
-def test_a_prompt(press: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "press"), CASES)
+def test_a_prompt(arch: str, press: str, tmp_path: Path) -> None:
     """ONNX Runtime and the parsed network keep what eager keeps, and the network is built."""
-    model = kvpass.compile(one_layer(), press, 0.5, backend="eager")
+    model = model_with(press, arch)
     for number, prompts in enumerate(prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST)):
         program = prefill_program(model, "tensorrt", prompts, 1, LONGEST)
         phase = parsed("prefill", prompts.ranges, program, tmp_path / str(number))
@@ -99,7 +106,7 @@ def test_a_prompt(press: str, tmp_path: Path) -> None:
 
 def test_a_token(tmp_path: Path) -> None:
     """Decode is the same for all presses: behind what one of them left, in caches with room."""
-    model = kvpass.compile(one_layer(), "knorm", 0.5, backend="eager")
+    model = model_with("knorm")
     phase = parsed("decode", [(1, 1)], step_program(model, "tensorrt", Phase.DECODE, 1, LONGEST), tmp_path / "decode")
     (prompts,) = prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST)
     prefill = prefill_program(model, "tensorrt", prompts, 1, LONGEST).module()
@@ -117,7 +124,7 @@ def test_a_token(tmp_path: Path) -> None:
 
 def test_a_package(tmp_path: Path) -> None:
     """The public way: a package in these forms, which ONNX Runtime continues as eager does."""
-    model = kvpass.compile(one_layer(), "knorm", 0.5, backend="eager")
+    model = model_with("knorm")
     model.export(tmp_path / "package", "onnx", max_tokens=LONGEST, for_tensorrt=True)
     loaded: Any = kvpass.load(tmp_path / "package")
     text = model.generate(distinct_ids(53), max_new_tokens=8, do_sample=False)

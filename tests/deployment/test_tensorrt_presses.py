@@ -1,13 +1,21 @@
 """Every press on TensorRT: as a network that computes eager's numbers and is built, or refused with a reason."""
 
-import functools
 import os
 from pathlib import Path
 
 import pytest
-from deployment.tensorrt_cases import LONGEST, check_prompt, needs_tensorrt, prefills
-from presses.catalogue import press_by_name
-from tiny_models import tiny_model
+import torch
+from deployment.tensorrt_cases import (
+    LONGEST,
+    OURS,
+    REFUSED,
+    TAKEN,
+    TARGETS,
+    check_prompt,
+    model_with,
+    needs_tensorrt,
+    prefills,
+)
 
 import kvpass
 from kvpass.errors import KVPassError
@@ -18,36 +26,11 @@ from kvpass.pipeline import phase_passes
 from kvpass.prompts import prompts_of
 
 README = Path(__file__).parents[2] / "README.md"
-REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observed_attention"}
-ELSEWHERE = (  # presses that read different tensors
-    "chunkkv",
-    "criticalkv",
-    "expected_attention",
-    "key_rerotation",
-    "knorm",
-    "lagkv",
-    "snapkv",
-    "streaming_llm",
-    "think",
-    "tova",
-)
-OURS = [name for name, cls in kvpass.registered_presses().items() if cls.__module__.startswith("kvpass.")]
-
-
-@functools.cache
-def one_layer(arch: str) -> kvpass.CapturedModel:
-    """Enough for a press: it says the same of every layer. That of Gemma 3 attends in full; rings are not pressed."""
-    full = {"layer_types": ["full_attention"]} if arch == "gemma3_text" else {}
-    return kvpass.capture_model(tiny_model(arch, num_hidden_layers=1, **full))
-
-
-def model_with(name: str, arch: str = "llama") -> kvpass.CompiledModel:
-    press = press_by_name(name, 1)
-    return kvpass.compile(one_layer(arch), press, 0.5 if press.needs_budget else None, backend="eager")
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("name", sorted(set(OURS) - REFUSED))
+@pytest.mark.parametrize("name", TAKEN)
 def test_it_computes_the_same_and_is_built(name: str) -> None:
     """At lengths that were not traced; a press with another graph for short prompts has a short one, too."""
     check_press(model_with(name))
@@ -55,10 +38,18 @@ def test_it_computes_the_same_and_is_built(name: str) -> None:
 
 @needs_tensorrt
 @pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", TAKEN)
 def test_other_architectures(name: str, arch: str) -> None:
     """Norms of queries and keys, other scales and rotations."""
     check_press(model_with(name, arch))
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(("name", "dtype"), [(name, HALVES[i % 2]) for i, name in enumerate(TAKEN)])
+def test_it_is_built_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """For three generations of GPUs; presses take turns, each dtype builds every second one."""
+    for phase in prefills(model_with(name, dtype=dtype)):
+        assert phase.network.build(TARGETS)
 
 
 def check_press(model: kvpass.CompiledModel) -> None:

@@ -105,6 +105,8 @@ class _Evaluation:
 
     def activation(self, layer: Any, x: Tensor) -> Tensor:
         kind = self._trt.IActivationLayer.type.__get__(layer).name  # `type` hides that of the layer
+        if kind == "CLIP":
+            return x.clamp(layer.alpha, layer.beta)
         return ACTIVATIONS[kind](x)
 
     def cast(self, layer: Any, x: Tensor) -> Tensor:
