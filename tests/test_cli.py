@@ -1,10 +1,8 @@
 """The command line, through typer's runner; the demo runs on two layers of the real model: seconds."""
 
 import dataclasses
-import importlib.metadata
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,43 +146,6 @@ def test_text_is_plain_and_long() -> None:
     assert len(text) > 100_000
     assert text == long_text()
     assert all(block[0].isupper() and block.endswith(".") for block in text.split("\n\n"))
-
-
-def test_model_is_converted_once(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "_convert", lambda *_: pytest.fail("converted again"))
-    again, _ = smollm2.load()
-    assert again.dtype == torch.float32
-    assert again.config.num_hidden_layers == 30
-
-
-def test_a_conversion_that_breaks_off_leaves_nothing(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def break_off(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text("{")
-        raise OSError("disk full")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_convert", break_off)
-    with pytest.raises(OSError, match="disk full"):
-        smollm2.converted_folder()
-    assert list((tmp_path / "kvpass").iterdir()) == []
-
-
-def test_a_faster_process_wins(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def convert_while_another_does(gguf: Path, folder: Path) -> None:
-        version = importlib.metadata.version(smollm2.DISTRIBUTION)
-        final = tmp_path / "kvpass" / f"smollm2-135m-instruct-{version}-float32-{smollm2.FORMAT}"
-        for place, text in ((folder, "ours"), (final, "theirs")):
-            place.mkdir()
-            (place / "config.json").write_text(text)
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(smollm2, "_convert", convert_while_another_does)
-    folder = smollm2.converted_folder()
-    assert (folder / "config.json").read_text() == "theirs"
-    assert list((tmp_path / "kvpass").iterdir()) == [folder]
 
 
 def _first_layers(model: Any, count: int) -> Any:
