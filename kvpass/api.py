@@ -33,11 +33,11 @@ from kvpass.runtime.model_files import read_model
 from kvpass.runtime.phases import PhaseGraphs, PrintIR
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CapturedModel:
     """A model that was exported and located once, to be compiled with any number of presses.
 
-    They share all graphs that do not depend on the press, also what torch.compile made of them.
+    They share all graphs that do not depend on the press, also what torch.compile made of them. Equal to itself alone.
     """
 
     graphs: PhaseGraphs

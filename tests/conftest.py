@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
@@ -12,6 +13,7 @@ from tiny_models import ARCHITECTURES
 
 from kvpass import registered_presses, registry
 
+gc.set_threshold(200_000)  # traced graphs live long; looking for cycles in them took a seventh of the time
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine it waits long
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import compiled_model
 from presses.catalogue import press_by_name
 from tiny_models import tiny_model
 from torch import Tensor
@@ -22,6 +21,7 @@ from kvpass.ir.form import Phase
 
 LONGEST = 200  # prompt; the examples that are traced have at most 130 tokens
 MAX_TOKENS = 300
+ARCHITECTURES = ("llama", "qwen3", "gemma3_text")  # plain, normalised queries and keys, other scales and windows
 TARGETS = ("SM80", "SM89", "SM120")
 REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observed_attention"}
 OURS = [name for name, cls in kvpass.registered_presses().items() if cls.__module__.startswith("kvpass.")]
@@ -75,13 +75,10 @@ def prefills(model: kvpass.CompiledModel) -> list[ConvertedPhase]:
     ]
 
 
-@functools.cache
-def step(arch: str, phase: Phase) -> ConvertedPhase:
+def step(model: kvpass.CompiledModel, phase: Phase) -> ConvertedPhase:
     """Extend or decode, which are the same for all presses."""
-    model = compiled_model(arch)
     tokens = (1, 1) if phase is Phase.DECODE else (2, LONGEST)
-    program = step_program(model, "tensorrt", phase, 1, LONGEST)
-    return _converted(model, phase.value, [tokens], program)
+    return _converted(model, phase.value, [tokens], step_program(model, "tensorrt", phase, 1, LONGEST))
 
 
 def _converted(model: kvpass.CompiledModel, phase: str, tokens: list[tuple[int, int]], program: Any) -> ConvertedPhase:
@@ -131,3 +128,24 @@ def with_room(model: kvpass.CompiledModel, state: Named, phase: ConvertedPhase, 
             old = new
         found[port.name] = old
     return found
+
+
+@functools.cache
+def _plain_step(captured: kvpass.CapturedModel, phase: Phase) -> ConvertedPhase:
+    """That of a model without a press, which reads what any press left."""
+    return step(kvpass.compile(captured, backend="eager"), phase)
+
+
+def check_steps(captured: kvpass.CapturedModel, model: kvpass.CompiledModel, prompt: int, state: Named) -> None:
+    """Behind a prompt of distinct tokens that left `state`, five tokens and then two single ones are as in eager.
+
+    captured: the model that `model` was compiled from.
+    """
+    cache = model.prefill(distinct_ids(prompt)).past_key_values
+    state = with_room(model, state, _plain_step(captured, Phase.DECODE), 40)
+    for new in (torch.tensor([[7, 8, 9, 10, 11]]), torch.tensor([[5]]), torch.tensor([[6]])):
+        phase = _plain_step(captured, Phase.EXTEND if new.shape[1] > 1 else Phase.DECODE)
+        found = phase.run({"input_ids": new, **state})
+        expected = model(input_ids=new, past_key_values=cache)
+        torch.testing.assert_close(found.pop("logits"), expected.logits, atol=2e-5, rtol=1e-4)
+        state = found

@@ -5,16 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployment.tensorrt_cases import TARGETS, check_prompt, distinct_ids, needs_tensorrt, prefills, step, with_room
+from deployment.tensorrt_cases import (
+    ARCHITECTURES,
+    TARGETS,
+    check_prompt,
+    check_steps,
+    distinct_ids,
+    needs_tensorrt,
+    prefills,
+    step,
+)
 from models import captured_model, compiled_model
 from tiny_models import tiny_model
 
 import kvpass
-from kvpass.backends.tensorrt.conversion import lower, profile_of
-from kvpass.backends.tensorrt.engines import network_of
+from kvpass.backends.tensorrt.conversion import lower
 from kvpass.backends.tensorrt.library import library
-from kvpass.deployment.export import prefill_program, prompts_of, step_program
-from kvpass.deployment.manifest import phase_spec
+from kvpass.deployment.export import step_program
 from kvpass.errors import PackageError
 from kvpass.ir.form import Phase
 from kvpass.pass_manager import PassManager
@@ -26,58 +33,35 @@ pytestmark = needs_tensorrt
 LENGTHS = (53, 149)  # neither is an example's
 
 
-def check_steps(arch: str, model: kvpass.CompiledModel, prompt: int, state: dict[str, torch.Tensor]) -> None:
-    """Five tokens and then two single ones behind a prompt."""
-    cache = model.prefill(distinct_ids(prompt)).past_key_values
-    state = with_room(model, state, step(arch, Phase.DECODE), 40)
-    for new in (torch.tensor([[7, 8, 9, 10, 11]]), torch.tensor([[5]]), torch.tensor([[6]])):
-        phase = step(arch, Phase.EXTEND if new.shape[1] > 1 else Phase.DECODE)
-        found = phase.run({"input_ids": new, **state})
-        expected = model(input_ids=new, past_key_values=cache)
-        torch.testing.assert_close(found.pop("logits"), expected.logits, atol=2e-5, rtol=1e-4)
-        state = found
-
-
 @pytest.mark.parametrize(("arch", "press"), [("llama", "knorm"), ("qwen3", "snapkv(window_size=8)")])
 def test_texts(arch: str, press: str) -> None:
     """What follows a prompt reads and writes the caches that it left."""
     model = compiled_model(arch, press, ratio=0.5)
     phases = prefills(model)
     for tokens in LENGTHS:
-        check_steps(arch, model, tokens, check_prompt(model, phases, tokens))
-    for phase in (Phase.EXTEND, Phase.DECODE):
-        assert step(arch, phase).network.build(("SM89",))
+        check_steps(captured_model(arch), model, tokens, check_prompt(model, phases, tokens))
 
 
 def test_windows() -> None:
-    """Layers of a window hold rings, which the builder takes, too."""
+    """Layers of a window hold rings."""
     model = compiled_model("gemma3_text", "snapkv(window_size=8)", ratio=0.5)
     phases = prefills(model)
     for tokens in LENGTHS:
-        check_steps("gemma3_text", model, tokens, check_prompt(model, phases, tokens))
-    for phase in (*phases, step("gemma3_text", Phase.EXTEND), step("gemma3_text", Phase.DECODE)):
-        assert phase.network.build(("SM89",))
+        check_steps(captured_model("gemma3_text"), model, tokens, check_prompt(model, phases, tokens))
 
 
 def test_without_a_press() -> None:
     model = compiled_model("llama")
-    check_steps("llama", model, 53, check_prompt(model, prefills(model), 53))
+    check_steps(captured_model("llama"), model, 53, check_prompt(model, prefills(model), 53))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_engines_are_built(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_engines_are_built(arch: str, dtype: torch.dtype) -> None:
     """All phases, in engines for three generations of GPUs."""
-    tiny = tiny_model("llama", dtype=dtype, num_hidden_layers=1)
-    model = kvpass.compile(tiny, "snapkv(window_size=8)", ratio=0.5, backend="eager")
-    (prompts,) = prompts_of(model._recipe.press, model._recipe.budget, 1, 200)
-    programs = {
-        ("prefill", tuple(prompts.ranges)): prefill_program(model, "tensorrt", prompts, 1, 200),
-        ("extend", ((2, 200),)): step_program(model, "tensorrt", Phase.EXTEND, 1, 200),
-        ("decode", ((1, 1),)): step_program(model, "tensorrt", Phase.DECODE, 1, 200),
-    }
-    for (phase, tokens), program in programs.items():
-        spec = phase_spec(phase, phase, tokens, program)
-        network = network_of(program, spec, profile_of(spec, model._recipe.max_tokens), None)
+    model = kvpass.compile(tiny_model(arch, dtype=dtype), "snapkv(window_size=8)", ratio=0.5, backend="eager")
+    for phase in (*prefills(model), step(model, Phase.EXTEND), step(model, Phase.DECODE)):
+        network = phase.network
         names = [network.definition.get_output(i).name for i in range(network.definition.num_outputs)]
         assert names[0] == "logits" and len({*names, *network.profile}) == len(names) + len(network.profile)
         assert network.build(TARGETS)

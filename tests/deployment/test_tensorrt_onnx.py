@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from deployment.tensorrt_cases import (
+    ARCHITECTURES,
     LONGEST,
     MAX_TOKENS,
     TAKEN,
@@ -18,6 +19,7 @@ from deployment.tensorrt_cases import (
     needs_tensorrt,
     with_room,
 )
+from models import compiled_model
 
 import kvpass
 from kvpass.backends.onnx import OnnxRunner, write_phases
@@ -35,10 +37,6 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 
 pytestmark = needs_tensorrt
 LENGTHS = (53, 149)  # neither is an example's
-
-
-OTHERS = ("chunkkv", "expected_attention", "key_rerotation", "knorm", "snapkv", "streaming_llm")
-CASES = [("llama", press) for press in TAKEN] + [(arch, press) for arch in ("qwen3", "gemma3_text") for press in OTHERS]
 
 
 @dataclass
@@ -90,7 +88,8 @@ def parsed(phase: str, tokens: list[tuple[int, int]], program: Any, folder: Path
     return Parsed(phase_spec(phase, phase, tokens, program), folder)
 
 
-@pytest.mark.parametrize(("arch", "press"), CASES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("press", TAKEN)
 def test_a_prompt(arch: str, press: str, tmp_path: Path) -> None:
     """ONNX Runtime and the parsed network keep what eager keeps, and the network is built."""
     model = model_with(press, arch)
@@ -104,22 +103,28 @@ def test_a_prompt(arch: str, press: str, tmp_path: Path) -> None:
         assert phase.build("SM89")
 
 
-def test_a_token(tmp_path: Path) -> None:
-    """Decode is the same for all presses: behind what one of them left, in caches with room."""
-    model = model_with("knorm")
-    phase = parsed("decode", [(1, 1)], step_program(model, "tensorrt", Phase.DECODE, 1, LONGEST), tmp_path / "decode")
-    (prompts,) = prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST)
+@pytest.mark.parametrize("phase", [Phase.EXTEND, Phase.DECODE])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_new_tokens(arch: str, phase: Phase, tmp_path: Path) -> None:
+    """They are read the same way for all presses: behind what one of them left, in caches with room and rings."""
+    model = compiled_model(arch, "knorm", ratio=0.5)
+    layers = model._execution.layout.layers
+    (prompts,) = prompts_of(model._recipe.press, model._recipe.budget, len(layers), LONGEST)
     prefill = prefill_program(model, "tensorrt", prompts, 1, LONGEST).module()
+    new = torch.tensor([[7]] if phase is Phase.DECODE else [[7, 8, 9, 10, 11]])
+    counts = (1, 1) if phase is Phase.DECODE else (2, LONGEST)
+    step = parsed(phase.value, [counts], step_program(model, "tensorrt", phase, 1, LONGEST), tmp_path / "step")
     for tokens in LENGTHS:
-        state = with_room(model, prefill(distinct_ids(tokens)), phase, 40)
-        inputs = {"input_ids": torch.tensor([[7]]), **state}
+        inputs = {"input_ids": new, **with_room(model, prefill(distinct_ids(tokens)), step, 40)}
         cache = model.prefill(distinct_ids(tokens)).past_key_values
-        expected = model(input_ids=inputs["input_ids"], past_key_values=cache).logits
-        for found in (phase.run(inputs), phase.evaluate(inputs)):
+        expected = model(input_ids=new, past_key_values=cache).logits
+        for found in (step.run(inputs), step.evaluate(inputs)):
             torch.testing.assert_close(found["logits"], expected, atol=2e-5, rtol=1e-4)
-            assert found["lengths"].tolist() == [[cache.kept(0)]]
-            torch.testing.assert_close(found["keys_0"][:, :, : cache.kept(0)], cache.keys(0), atol=2e-5, rtol=1e-4)
-    assert phase.build("SM89")
+            assert torch.equal(found["lengths"], cache.lengths)
+            for layer in (n for n, shape in enumerate(layers) if shape.ring is None):
+                mine = found[f"keys_{layer}"][:, :, : cache.kept(layer)]
+                torch.testing.assert_close(mine, cache.keys(layer), atol=2e-5, rtol=1e-4)
+    assert step.build("SM89")
 
 
 def test_a_package(tmp_path: Path) -> None:

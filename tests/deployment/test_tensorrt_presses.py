@@ -4,20 +4,21 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from deployment.tensorrt_cases import (
+    ARCHITECTURES,
     LONGEST,
     OURS,
     REFUSED,
     TAKEN,
     TARGETS,
     check_prompt,
+    check_steps,
     model_with,
     needs_tensorrt,
+    one_layer,
     prefills,
 )
 
-import kvpass
 from kvpass.errors import KVPassError
 from kvpass.ir.form import Phase
 from kvpass.pass_manager import PassManager
@@ -26,40 +27,20 @@ from kvpass.pipeline import phase_passes
 from kvpass.prompts import prompts_of
 
 README = Path(__file__).parents[2] / "README.md"
-HALVES = (torch.float16, torch.bfloat16)
 
 
 @needs_tensorrt
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", TAKEN)
-def test_it_computes_the_same_and_is_built(name: str) -> None:
+def test_it_computes_the_same_and_is_built(name: str, arch: str) -> None:
     """At lengths that were not traced; a press with another graph for short prompts has a short one, too."""
-    check_press(model_with(name))
-
-
-@needs_tensorrt
-@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
-@pytest.mark.parametrize("name", TAKEN)
-def test_other_architectures(name: str, arch: str) -> None:
-    """Norms of queries and keys, other scales and rotations."""
-    check_press(model_with(name, arch))
-
-
-@needs_tensorrt
-@pytest.mark.parametrize(("name", "dtype"), [(name, HALVES[i % 2]) for i, name in enumerate(TAKEN)])
-def test_it_is_built_in_half_precision(name: str, dtype: torch.dtype) -> None:
-    """For three generations of GPUs; presses take turns, each dtype builds every second one."""
-    for phase in prefills(model_with(name, dtype=dtype)):
-        assert phase.network.build(TARGETS)
-
-
-def check_press(model: kvpass.CompiledModel) -> None:
-    """The networks of its prefill compute eager's numbers, and are built."""
+    model = model_with(name, arch)
     phases = prefills(model)
     for phase in phases:
         inside = [n for n in (10, 28, 53, 149) if phase.spec.takes(n)]
         for tokens in inside[-2:]:
-            check_prompt(model, [phase], tokens)
-        assert phase.network.build(("SM89",))
+            check_steps(one_layer(arch), model, tokens, check_prompt(model, [phase], tokens))
+        assert phase.network.build(TARGETS)
 
 
 def refusal(name: str) -> str:
