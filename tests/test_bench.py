@@ -1,6 +1,7 @@
 """`kvpass bench` on a tiny model: what is measured, and that it is the same work."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from models import eager_model, token_ids
 from typer.testing import CliRunner
 
-from kvpass.bench import clock, run, subjects
+from kvpass.bench import clock, floor, run, subjects
 from kvpass.bench.floor import Hardware, decode_floor, prefill_floor, weight_bytes
 from kvpass.bench.memory import peak_memory
 from kvpass.cli import app
@@ -70,6 +71,22 @@ def test_a_failure_of_others_is_a_result(saved: Path, monkeypatch: pytest.Monkey
     assert rows["transformers, static, compiled"]["failure"] == "RuntimeError: no kernel"
     monkeypatch.setattr(subjects, "_kvpass", lambda *given: broken)
     assert isinstance(bench("--model", str(saved), "--only", "kvpass", "--no-warm").exception, RuntimeError)
+
+
+def test_a_machine_that_multiplies_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate is that of smaller matrices: 1 GFLOP/s would take 17 seconds for one product of the largest."""
+    multiplied = []
+
+    def seconds(work: Any, device: torch.device) -> float:
+        if not isinstance(work, partial):
+            return 1.0  # reading memory
+        multiplied.append(len(work.args[0]))
+        return float(2 * multiplied[-1] ** 3 / 1e9)
+
+    monkeypatch.setattr(floor, "_seconds", seconds)
+    found = floor.measure_hardware(torch.bfloat16, torch.device("cpu"))
+    assert found == Hardware(bandwidth=floor.LINE, matrix_rate=pytest.approx(1e9))
+    assert max(multiplied) == 512
 
 
 def test_floors() -> None:

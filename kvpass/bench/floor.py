@@ -3,13 +3,15 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 
 LINE = 2**28  # bytes that are read to measure the bandwidth, more than any cache holds
-SIDE = 2048  # of the matrices that are multiplied
+SIDES = (128, 512, 2048)  # of the matrices that are multiplied; larger ones come nearer to the greatest rate
+LONG = 0.1  # seconds of one product, with which no larger matrices are tried
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,14 @@ class Hardware:
 def measure_hardware(dtype: torch.dtype, device: torch.device, repeats: int = 7) -> Hardware:
     """Medians of reading memory (a sum) and of multiplying square matrices in `dtype`."""
     numbers = torch.ones(LINE // 4, dtype=torch.float32, device=device)
-    left = torch.randn(SIDE, SIDE, device=device).to(dtype)
     reading = median(_seconds(numbers.sum, device) for _ in range(repeats))
-    multiplying = median(_seconds(lambda: left @ left, device) for _ in range(repeats))
-    return Hardware(LINE / reading, 2 * SIDE**3 / multiplying)
+    for side in SIDES:  # a CPU without instructions for `dtype` would multiply the largest ones for minutes
+        left = torch.randn(side, side, device=device).to(dtype)
+        product = partial(torch.matmul, left, left)
+        if _seconds(product, device) > LONG:
+            break
+    multiplying = median(_seconds(product, device) for _ in range(repeats))
+    return Hardware(LINE / reading, 2 * side**3 / multiplying)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
