@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from kvpass.demo.context import Context, encode
 from kvpass.runtime.cache import CompressedCache
+from kvpass.runtime.cache_name import CACHE
 from kvpass.runtime.model import CompiledModel
 
 ANSWER_TOKENS = 10
@@ -69,7 +70,7 @@ def _read(model: Model, ids: Tensor) -> tuple[Cache, Tensor]:
     """Prefill: the cache, and the logits [1, 1, V] of the last token. Only those: as generate() does it."""
     cache: Cache
     cache = model.new_cache() if isinstance(model, CompiledModel) else DynamicCache(config=model.config)
-    result = model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    result = model(input_ids=ids, logits_to_keep=1, **{CACHE: cache})
     return cache, result.logits
 
 
@@ -78,7 +79,7 @@ def _continue(model: Model, cache: Cache, logits: Tensor, new_tokens: int) -> tu
     tokens = [logits[:, -1:].argmax(dim=-1)]
     start = time.perf_counter()
     while len(tokens) < new_tokens:
-        logits = model(input_ids=tokens[-1], past_key_values=cache).logits
+        logits = model(input_ids=tokens[-1], **{CACHE: cache}).logits
         tokens.append(logits[:, -1:].argmax(dim=-1))
     return torch.cat(tokens, dim=1), time.perf_counter() - start
 
@@ -97,7 +98,7 @@ def _answer(
     output = generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=copy.deepcopy(cache),
+        **{CACHE: copy.deepcopy(cache)},
         max_new_tokens=new_tokens,
         do_sample=False,
     )

@@ -19,6 +19,7 @@ from kvpass.ir.program import KVProgram
 from kvpass.pass_manager import PassManager, PassRecord
 from kvpass.press import Press
 from kvpass.runtime.cache import CompressedCache
+from kvpass.runtime.cache_name import CACHE, given_cache
 from kvpass.runtime.execution import Execution, Recipe
 from kvpass.runtime.inputs import HARMLESS, checked_mask, checked_positions, checked_tokens, prompt_rows
 from kvpass.runtime.layout import CacheLayout
@@ -64,10 +65,12 @@ class CompiledModel(nn.Module, GenerationMixin):
         question_tokens: int | None = None,
         inputs_embeds: Tensor | None = None,
         positions: Tensor | None = None,
+        cache: CompressedCache | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
         """Read `input_ids` i64[B, S], or `inputs_embeds` [B, S, D_model], behind what the cache has seen.
 
+        The cache comes as `past_key_values` or, as transformers has it since 5.24, as `cache`.
         Logits are [B, 1, V] after the first prompt (its last token), [B, S, V] for tokens appended to a cache.
         `logits_to_keep=n` gives the last n; with a first prompt its last n - 1 tokens count as appended to it.
         `question_tokens`: how many tokens at the end of the prompt ask about the rest, for a press like finch.
@@ -78,7 +81,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         """
         tokens = checked_tokens(input_ids, inputs_embeds, self._device, self._dtype, unused)
         places = checked_positions(positions, tokens)
-        cache = self._checked_cache(past_key_values, tokens)
+        cache = self._checked_cache(given_cache(past_key_values, cache), tokens)
         mask = None if attention_mask is None else checked_mask(attention_mask, tokens, cache.get_seq_length())
         first, columns = cache.seen_tokens == 0, tokens.shape[1]
         if first and min(logits_to_keep, columns) > 1:
@@ -98,10 +101,8 @@ class CompiledModel(nn.Module, GenerationMixin):
             self._last_prompt = (cache.seen_tokens, kept, cache.nbytes)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(
-            logits=logits,
-            past_key_values=None if use_cache is False else cache,
-        )
+        held: dict[str, Any] = {CACHE: None if use_cache is False else cache}
+        return CausalLMOutputWithPast(logits=logits, **held)
 
     def prefill(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
@@ -184,8 +185,9 @@ class CompiledModel(nn.Module, GenerationMixin):
         longer = ids is not None and mask is not None and mask.dim() == 2 and mask.shape[1] > ids.shape[1]
         if longer or options.get("prefill_chunk_size"):
             options["only_new_tokens"] = True
-        if options.get("past_key_values") is None and options.get("use_cache", True):
-            options["past_key_values"] = self.new_cache()
+        cache = given_cache(options.pop("past_key_values", None), options.pop("cache", None))
+        if cache is not None or options.get("use_cache", True):
+            options[CACHE] = self.new_cache() if cache is None else cache
         if options.get("positions") is not None and options["positions"].dim() == 3:
             options["positions"] = options["positions"].transpose(0, 1)  # rows first, as transformers repeats them
         base: Any = super()  # typed for transformers' own models only
@@ -329,7 +331,7 @@ class CompiledModel(nn.Module, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         return {}
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         past_key_values: CompressedCache | None = None,
@@ -341,10 +343,12 @@ class CompiledModel(nn.Module, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         positions: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        cache: CompressedCache | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Cut off what the cache has seen. A padding mask is looked at where tokens enter, not at every step."""
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = given_cache(past_key_values, cache)
+        seen = cache.get_seq_length() if cache is not None else 0
         embedded = inputs_embeds is not None and seen < inputs_embeds.shape[1]
         tokens = inputs_embeds if inputs_embeds is not None and embedded else input_ids
         given = tokens.shape[1]
@@ -366,7 +370,7 @@ class CompiledModel(nn.Module, GenerationMixin):
         if attention_mask is not None and new > 1:
             kept["attention_mask"] = attention_mask[:, -new:]
         name = "inputs_embeds" if embedded else "input_ids"
-        return {name: tokens[:, -new:], "past_key_values": past_key_values, "use_cache": use_cache, **kept}
+        return {name: tokens[:, -new:], CACHE: cache, "use_cache": use_cache, **kept}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompiledModel":
         probe = fn(torch.empty(0, dtype=self._dtype, device=self._device))
