@@ -99,7 +99,7 @@ def demo(
 def bench(
     model: Annotated[str | None, typer.Option(help="A folder of transformers, a hub id, or smollm2.")] = None,
     shape: Annotated[str | None, typer.Option(help=f"Random weights instead: {', '.join(shape_names())}.")] = None,
-    press: Annotated[str, typer.Option(help="See `kvpass presses`.")] = "expected_attention",
+    press: Annotated[list[str] | None, typer.Option(help="As often as wanted; see `kvpass presses`.")] = None,
     ratio: Annotated[float, typer.Option(help="Fraction of key/value pairs to remove.")] = 0.5,
     context: Annotated[int, typer.Option(min=64, help="Tokens of the prompt.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=4, help="Tokens to generate in each run.")] = 64,
@@ -120,7 +120,7 @@ def bench(
         settings = Settings(
             model,
             shape,
-            press,
+            tuple(press or ("expected_attention",)),
             ratio,
             context,
             new_tokens,

@@ -82,13 +82,13 @@ class PassManager:
             after = set(program.graph.nodes)
             program.form = step.produces
             program.history = (*program.history, step.name)
-            program.graph_module.recompile()
             seconds = time.perf_counter() - start
             verify(program, recompute=self._recompute)
             record = PassRecord(step.name, matches, len(after - before), len(before - after), seconds)
             self.records.append(record)
             log.info("%s", record)
             self._show(index, step, program)
+        program.graph_module.recompile()
         return program
 
     def _show(self, index: int, step: Pass, program: KVProgram) -> None:

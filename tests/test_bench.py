@@ -31,12 +31,14 @@ def bench(*arguments: str) -> Any:
 def test_a_table_and_all_numbers(saved: Path, tmp_path: Path) -> None:
     path, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     chosen = [option for name in ("transformers", "kvpass") for option in ("--only", name)]
+    chosen += ["--press", "streaming_llm"]  # besides knorm
     result = bench("--model", str(saved), *chosen, "--no-warm", "--json", str(path), "--plot", str(picture))
     assert result.exit_code == 0, result.output
     assert "Medians of 2 runs" in result.output
     told = json.loads(path.read_text())
     rows = {row["name"]: row for row in told["subjects"]}
-    assert list(rows) == ["transformers", "transformers, static, compiled", "kvpass, no press", "kvpass, knorm"]
+    whole = ["transformers", "transformers, static, compiled", "kvpass, no press"]
+    assert list(rows) == [*whole, "kvpass, knorm", "kvpass, streaming_llm"]
     for row in rows.values():
         assert not row["failure"] and len(row["samples"]) == 2
         assert all(sample["prefill"] > 0 and sample["step"] > 0 for sample in row["samples"])
@@ -55,7 +57,7 @@ def test_a_second_process_compiles_again(saved: Path) -> None:
 def test_subjects_do_the_same_work() -> None:
     """Where nothing is dropped, all of them say the same."""
     model, ids = eager_model("llama"), token_ids(1, 60)
-    table = subjects.subjects(model, "knorm", 0.5, "eager", None)
+    table = subjects.subjects(model, ["knorm"], 0.5, "eager", None)
     said = {name: clock.run(table[name](), ids, 6).tokens for name in ("transformers", "kvpass, no press")}
     assert said["transformers"] == said["kvpass, no press"]
 

@@ -1,7 +1,7 @@
 """What the hardware allows: bytes over the bandwidth, operations over the rate, both measured in the same run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -33,6 +33,11 @@ def measure_hardware(dtype: torch.dtype, device: torch.device, repeats: int = 7)
             break
     multiplying = median(_seconds(product, device) for _ in range(repeats))
     return Hardware(LINE / reading, 2 * side**3 / multiplying)
+
+
+def middle(rates: Sequence[Hardware]) -> Hardware:
+    """The median of each rate."""
+    return Hardware(median(r.bandwidth for r in rates), median(r.matrix_rate for r in rates))
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

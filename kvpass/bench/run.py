@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from kvpass.bench import show
 from kvpass.bench.clock import Sample, run
-from kvpass.bench.floor import Hardware, decode_floor, measure_hardware, prefill_floor
+from kvpass.bench.floor import Hardware, decode_floor, measure_hardware, middle, prefill_floor
 from kvpass.bench.shapes import loaded_model, random_model
 from kvpass.bench.subjects import subjects
 from kvpass.errors import InputError
@@ -32,7 +32,7 @@ class Settings:
 
     model: str | None
     shape: str | None
-    press: str
+    presses: tuple[str, ...]
     ratio: float
     context: int
     new_tokens: int
@@ -71,7 +71,8 @@ def run_bench(console: Console, settings: Settings, *, warm: bool, json_to: Path
 
     Raises `KVPassError` for an unknown shape or press.
     """
-    resolve_press(settings.press)
+    for press in settings.presses:
+        resolve_press(press)
     if plot_to is not None:
         show.need_matplotlib()
     environment = dict(os.environ)
@@ -95,7 +96,7 @@ def run_bench(console: Console, settings: Settings, *, warm: bool, json_to: Path
 
 
 def measure(console: Console, settings: Settings, folder: Path, *, warm: bool) -> tuple[Hardware, list[Row]]:
-    """Every subject in turn, `repeats` times, so that what else the machine does meets all of them.
+    """Every subject in turn, `repeats` times, so that what else the machine does meets all of them, and its rates.
 
     `folder` is empty, so that the first compilation is a cold one. Each subject gets a part of it, so that none finds
     what another one has compiled.
@@ -105,13 +106,13 @@ def measure(console: Console, settings: Settings, folder: Path, *, warm: bool) -
     dtype, device = getattr(torch, settings.dtype), torch.device(settings.device)
     with Progress(console=console) as progress:
         step = progress.add_task("the machine", total=None)
-        hardware = measure_hardware(dtype, device)
+        rates = [measure_hardware(dtype, device)]
         progress.update(step, description="the model")
         model = _model(settings)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(10, vocabulary - 10, (1, settings.context), generator=generator).to(device)
-        table = subjects(model, settings.press, settings.ratio, settings.backend, settings.mode, settings.only)
+        table = subjects(model, settings.presses, settings.ratio, settings.backend, settings.mode, settings.only)
         if not table:
             raise InputError(f"only {', '.join(settings.only)}: no subject is called so, e.g. 'kvpass'")
         progress.update(step, total=len(table) * (settings.repeats + 1), completed=0)
@@ -134,6 +135,8 @@ def measure(console: Console, settings: Settings, folder: Path, *, warm: bool) -
                 progress.update(step, description=row.name)
                 row.samples.append(run(ready[row.name], ids, settings.new_tokens))
                 progress.advance(step)
+            rates.append(measure_hardware(dtype, device, repeats=3))
+    hardware = middle(rates)
     for row in (row for row in rows if row.samples):
         row.cold -= row.of("prefill") + row.of("step") * (settings.new_tokens - 1)
         row.decode_floor = decode_floor(model, int(row.of("kept_bytes")), hardware)
@@ -173,10 +176,9 @@ def _once(text: str) -> float:
     settings = Settings(**json.loads(text))
     model = _model(settings)
     ids = torch.full((1, settings.context), 11, device=settings.device)
-    table = subjects(model, settings.press, settings.ratio, settings.backend, settings.mode, tuple(settings.only))
+    table = subjects(model, settings.presses, settings.ratio, settings.backend, settings.mode, tuple(settings.only))
     start = time.perf_counter()
-    (make,) = table.values()
-    run(make(), ids, settings.new_tokens)
+    run(table[settings.only[0]](), ids, settings.new_tokens)
     return time.perf_counter() - start
 
 

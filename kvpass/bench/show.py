@@ -22,7 +22,7 @@ def print_table(console: Console, settings: "Settings", hardware: Hardware, rows
     subject = settings.model or settings.shape
     table = Table(
         title=f"{subject}, {settings.dtype}, {settings.device}, {settings.context:,} tokens, then "
-        f"{settings.new_tokens}; {settings.press}, ratio {settings.ratio:g}"
+        f"{settings.new_tokens}; {', '.join(settings.presses)}, ratio {settings.ratio:g}"
     )
     table.add_column("")
     for column in ("prefill s", "first token s", "decode tok/s", "x floor", "peak MiB", "cache MiB", "compile s"):

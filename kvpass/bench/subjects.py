@@ -2,9 +2,10 @@
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,19 +31,29 @@ class Subject:
 
 
 def subjects(
-    model: Any, press: str, ratio: float, backend: str, mode: str | None, only: tuple[str, ...] = ()
+    model: Any, presses: Sequence[str], ratio: float, backend: str, mode: str | None, only: tuple[str, ...] = ()
 ) -> dict[str, Callable[[], Subject]]:
     """By name, made when called; kvpress only where it can be imported."""
-    table: dict[str, Callable[[], Subject]] = {
-        "transformers": lambda: Subject("transformers", _eager(model)),
-        "transformers, static, compiled": lambda: Subject("transformers, static, compiled", _static(model)),
+    table: dict[str, Callable[[], Generate]] = {
+        "transformers": lambda: _eager(model),
+        "transformers, static, compiled": lambda: _static(model),
     }
     if importlib.util.find_spec("kvpress") is not None:
-        table["kvpress"] = lambda: Subject("kvpress", _kvpress(model, press, ratio, compiled=False))
-        table["kvpress, compiled"] = lambda: Subject("kvpress, compiled", _kvpress(model, press, ratio, compiled=True))
-    table["kvpass, no press"] = lambda: Subject("kvpass, no press", _kvpass(model, None, None, backend, mode))
-    table[f"kvpass, {press}"] = lambda: Subject(f"kvpass, {press}", _kvpass(model, press, ratio, backend, mode))
-    return {name: make for name, make in table.items() if not only or any(name.startswith(o) for o in only)}
+        for press in presses:
+            table[f"kvpress, {press}"] = partial(_kvpress, model, press, ratio, compiled=False)
+            table[f"kvpress, {press}, compiled"] = partial(_kvpress, model, press, ratio, compiled=True)
+    table["kvpass, no press"] = lambda: _kvpass(model, None, None, backend, mode)
+    for press in presses:
+        table[f"kvpass, {press}"] = partial(_kvpass, model, press, ratio, backend, mode)
+    return {
+        name: partial(_subject, name, make)
+        for name, make in table.items()
+        if not only or any(name.startswith(o) for o in only)
+    }
+
+
+def _subject(name: str, make: Callable[[], Generate]) -> Subject:
+    return Subject(name, make())
 
 
 def cache_bytes(cache: Any) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from kvpass.errors import PackageError, PressError
 from kvpass.ir.form import Phase
 from kvpass.ir.program import KVProgram
 from kvpass.package_files import check_files, new_target
-from kvpass.pass_manager import PassManager
+from kvpass.pass_manager import Pass
 from kvpass.passes.lower_for_tensorrt import LowerForTensorRT
 from kvpass.pipeline import phase_passes
 from kvpass.prompts import Prompts, prompts_of
@@ -225,8 +225,9 @@ def _guarded(
     return {"model": program}, [phase_spec("model", "any", prompts.ranges, program)]
 
 
-def _lowered(model: CompiledModel, steps: Any) -> KVProgram:
-    return PassManager(steps, print_ir=model._recipe.print_ir).run(model._located)
+def _lowered(model: CompiledModel, steps: tuple[Pass, ...]) -> KVProgram:
+    program, _ = model._execution.graphs.made(steps, model._recipe.print_ir)
+    return program
 
 
 def _manifest(model: CompiledModel, format: str, guard: str, batch_size: int, phases: list[PhaseSpec]) -> Manifest:

@@ -59,11 +59,11 @@ class PhaseGraphs:
         """What the passes of a phase make, handed to the backend, at its first mention. sizes: see `make_runner`."""
         key = (steps, backend, mode, sizes)
         if key not in self._built:
-            program, records = self._made(steps, print_ir)
+            program, records = self.made(steps, print_ir)
             self._built[key] = PhaseGraph(program, records, make_runner(program, backend, mode, sizes))
         return self._built[key]
 
-    def _made(self, steps: Sequence[Pass], print_ir: PrintIR) -> tuple[KVProgram, list[PassRecord]]:
+    def made(self, steps: Sequence[Pass], print_ir: PrintIR) -> tuple[KVProgram, list[PassRecord]]:
         """What the passes make of the located graph, in this process or in an earlier one."""
         name = name_of(steps) if self.store is not None and print_ir is None else None
         if self.store is not None and name is not None and (stored := self.store.load(name)) is not None:

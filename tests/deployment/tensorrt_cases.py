@@ -1,5 +1,6 @@
 """Phases of tiny models as TensorRT networks, evaluated on the CPU beside eager's numbers."""
 
+import copy
 import functools
 import importlib.util
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ import torch
 from presses.catalogue import press_by_name
 from tiny_models import tiny_model
 from torch import Tensor
+from torch.export import ExportedProgram
 
 import kvpass
 from kvpass.backends.tensorrt.conversion import Network, profile_of
 from kvpass.backends.tensorrt.engines import network_of
 from kvpass.backends.tensorrt.evaluation import evaluate
-from kvpass.deployment.export import prefill_program, prompts_of, step_program
+from kvpass.deployment.export import prefill_program, step_program
 from kvpass.deployment.manifest import PhaseSpec, phase_spec
 from kvpass.ir.form import Phase
+from kvpass.prompts import Prompts, prompts_of
 
 LONGEST = 200  # prompt; the examples that are traced have at most 130 tokens
 MAX_TOKENS = 300
@@ -27,6 +30,16 @@ REFUSED = {"block", "cap", "compactor", "finch", "leverage", "merging", "observe
 OURS = [name for name, cls in kvpass.registered_presses().items() if cls.__module__.startswith("kvpass.")]
 TAKEN = sorted(set(OURS) - REFUSED)
 Named = dict[str, Tensor]
+
+
+def in_turn(shift: int = 0) -> list[Any]:
+    """Every press on every architecture, as (name, arch); one architecture a press if not `--exhaustive`."""
+    return [
+        pytest.param(name, arch, marks=[] if column == (row + shift) % 3 else pytest.mark.exhaustive)
+        for row, name in enumerate(TAKEN)
+        for column, arch in enumerate(ARCHITECTURES)
+    ]
+
 
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("torch_tensorrt") is None,
@@ -41,10 +54,25 @@ def one_layer(arch: str, dtype: torch.dtype = torch.float32) -> kvpass.CapturedM
     return kvpass.capture_model(tiny_model(arch, dtype=dtype, num_hidden_layers=1, **full))
 
 
+@functools.cache
 def model_with(name: str, arch: str = "llama", dtype: torch.dtype = torch.float32) -> kvpass.CompiledModel:
     """Compiled with a press of the registry."""
     press = press_by_name(name, 1)
     return kvpass.compile(one_layer(arch, dtype), press, 0.5 if press.needs_budget else None, backend="eager")
+
+
+@functools.cache
+def long_prefill(name: str, arch: str, dtype: torch.dtype = torch.float32) -> tuple[Prompts, ExportedProgram]:
+    """For the prompts that the press itself compresses, as a program for engines."""
+    model = model_with(name, arch, dtype)
+    prompts = prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST)[-1]
+    return prompts, prefill_program(model, "tensorrt", prompts, 1, LONGEST)
+
+
+def converted(name: str, arch: str, dtype: torch.dtype = torch.float32) -> "ConvertedPhase":
+    """The network of `long_prefill`."""
+    prompts, program = long_prefill(name, arch, dtype)
+    return _converted(model_with(name, arch, dtype), "prefill", prompts.ranges, copy.deepcopy(program))
 
 
 @dataclass

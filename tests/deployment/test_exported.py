@@ -47,7 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-RINGS = [("gemma3_text", press) for press in ("snapkv(window_size=8)", "key_rerotation(knorm)")]
+RINGS = [
+    ("gemma3_text", "snapkv(window_size=8)"),
+    pytest.param("gemma3_text", "key_rerotation(knorm)", marks=pytest.mark.exhaustive),
+]
 
 
 @pytest.mark.parametrize(("arch", "press"), [*(("llama", press) for press in PRESSES), *RINGS])

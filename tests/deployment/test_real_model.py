@@ -1,4 +1,4 @@
-"""A real model out of Python's hands: SmolLM2 in ONNX Runtime."""
+"""A real model as a package: the programs of SmolLM2 write what kvpass writes."""
 
 import pydoc_data.topics
 from pathlib import Path
@@ -8,9 +8,6 @@ import torch
 
 import kvpass
 from kvpass import smollm2
-
-pytest.importorskip("onnxscript", reason="the extra kvpass[onnx] is not installed")
-pytest.importorskip("onnxruntime", reason="the extra kvpass[onnx] is not installed")
 
 LENGTHS = (97, 311, 500)  # none an example's
 NEW = 12
@@ -23,7 +20,7 @@ def test_greedy_text(tmp_path: Path) -> None:
     except smollm2.MissingModelError as error:
         pytest.skip(str(error))
     compiled = kvpass.compile(model, "snapkv", 0.5, backend="eager")
-    compiled.export(tmp_path / "package", "onnx", max_tokens=512)
+    compiled.export(tmp_path / "package", max_tokens=512)
     deployed = kvpass.load(tmp_path / "package")
     text = tokenizer(pydoc_data.topics.topics["assignment"], return_tensors="pt").input_ids
     for tokens in LENGTHS:

@@ -2,21 +2,17 @@
 
 import pytest
 import torch
-from deployment.tensorrt_cases import ARCHITECTURES, TAKEN, TARGETS, model_with, needs_tensorrt, prefills
+from deployment.tensorrt_cases import TARGETS, converted, in_turn, needs_tensorrt
 
 pytestmark = needs_tensorrt
 
-HALVES = (torch.float16, torch.bfloat16)
-# A press meets two architectures, one a dtype; an architecture meets each dtype in every third press.
-CASES = [
-    pytest.param(name, ARCHITECTURES[(place + shift) % 3], dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
-    for place, name in enumerate(TAKEN)
-    for shift, dtype in enumerate(HALVES)
-]
 
-
-@pytest.mark.parametrize(("name", "arch", "dtype"), CASES)
-def test_it_is_built(name: str, arch: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "arch"), in_turn(shift=1))
+def test_float16_is_built(name: str, arch: str) -> None:
     """Numbers are those of float32, which `test_tensorrt_presses.py` compares with eager's on all architectures."""
-    for phase in prefills(model_with(name, arch, dtype)):
-        assert phase.network.build(TARGETS)
+    assert converted(name, arch, torch.float16).network.build(TARGETS)
+
+
+@pytest.mark.parametrize(("name", "arch"), in_turn(shift=2))
+def test_bfloat16_is_built(name: str, arch: str) -> None:
+    assert converted(name, arch, torch.bfloat16).network.build(TARGETS)

@@ -1,19 +1,14 @@
 """The other way to an engine: phases as ONNX in the forms that TensorRT takes, read by its own parser."""
 
-import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deployment.onnx_cases import Parsed, needs_onnx, parsed
 from deployment.tensorrt_cases import (
     ARCHITECTURES,
     LONGEST,
-    MAX_TOKENS,
-    TAKEN,
-    Named,
-    check_prompt,
     distinct_ids,
     model_with,
     needs_tensorrt,
@@ -22,85 +17,12 @@ from deployment.tensorrt_cases import (
 from models import compiled_model
 
 import kvpass
-from kvpass.backends.onnx import OnnxRunner, write_phases
-from kvpass.backends.onnx.names import STATE
-from kvpass.backends.tensorrt.conversion import profile_of
-from kvpass.backends.tensorrt.evaluation import evaluate
-from kvpass.backends.tensorrt.library import library
 from kvpass.deployment.export import prefill_program, prompts_of, step_program
-from kvpass.deployment.manifest import PhaseSpec, phase_spec
 from kvpass.errors import PackageError
 from kvpass.ir.form import Phase
 
-for package in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(package, reason="the extra kvpass[onnx] is not installed")
-
-pytestmark = needs_tensorrt
+pytestmark = [needs_tensorrt, needs_onnx]
 LENGTHS = (53, 149)  # neither is an example's
-
-
-@dataclass
-class Parsed:
-    """A phase as TensorRT's parser reads it, and as ONNX Runtime runs it."""
-
-    spec: PhaseSpec
-    folder: Path
-
-    def run(self, inputs: Named) -> Named:
-        """The outputs by name, new state as well, as ONNX Runtime computes them."""
-        given = {port.name: inputs[port.name].clone() for port in self.spec.inputs}
-        found = OnnxRunner(self.folder, [self.spec.name], threads=1).run(self.spec.name, given)
-        return {port.name: found[port.name] if port.name in found else given[port.name] for port in self.spec.outputs}
-
-    @functools.cached_property
-    def _read(self) -> tuple[Any, Any, Any]:
-        trt = library().trt
-        builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
-        network = builder.create_network()
-        parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
-        taken = parser.parse_from_file(str(self.folder / f"{self.spec.name}.onnx"))
-        assert taken, [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        return builder, network, parser
-
-    def evaluate(self, inputs: Named) -> Named:
-        """The same from the network that the parser made."""
-        _, network, _ = self._read
-        given = {port.name: inputs[port.name] for port in self.spec.inputs}
-        names = [network.get_output(i).name.removesuffix(STATE) for i in range(network.num_outputs)]
-        return dict(zip(names, evaluate(network, given), strict=True))
-
-    def build(self, target: str) -> bytes | None:
-        """What the builder makes of that network."""
-        trt = library().trt
-        builder, network, _ = self._read
-        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-        for name, extent in profile_of(self.spec, MAX_TOKENS).items():
-            profile.set_shape(name, extent.least, extent.usual, extent.most)
-        config.add_optimization_profile(profile)
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
-        plan: bytes | None = builder.build_serialized_network(network, config)
-        return plan
-
-
-def parsed(phase: str, tokens: list[tuple[int, int]], program: Any, folder: Path) -> Parsed:
-    write_phases({phase: program}, folder)
-    return Parsed(phase_spec(phase, phase, tokens, program), folder)
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("press", TAKEN)
-def test_a_prompt(arch: str, press: str, tmp_path: Path) -> None:
-    """ONNX Runtime and the parsed network keep what eager keeps, and the network is built."""
-    model = model_with(press, arch)
-    for number, prompts in enumerate(prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST)):
-        program = prefill_program(model, "tensorrt", prompts, 1, LONGEST)
-        phase = parsed("prefill", prompts.ranges, program, tmp_path / str(number))
-        for tokens in (n for n in LENGTHS if phase.spec.takes(n)):
-            found = check_prompt(model, [phase], tokens)
-            for name, value in phase.evaluate({"input_ids": distinct_ids(tokens)}).items():
-                torch.testing.assert_close(value, found[name], atol=2e-5, rtol=1e-4, msg=name)
-        assert phase.build("SM89")
 
 
 @pytest.mark.parametrize("phase", [Phase.EXTEND, Phase.DECODE])

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from deployment.onnx_cases import needs_onnx, parsed
 from deployment.tensorrt_cases import (
     ARCHITECTURES,
     LONGEST,
@@ -13,6 +15,10 @@ from deployment.tensorrt_cases import (
     TARGETS,
     check_prompt,
     check_steps,
+    converted,
+    distinct_ids,
+    in_turn,
+    long_prefill,
     model_with,
     needs_tensorrt,
     one_layer,
@@ -27,20 +33,42 @@ from kvpass.pipeline import phase_passes
 from kvpass.prompts import prompts_of
 
 README = Path(__file__).parents[2] / "README.md"
+LENGTHS = (53, 149)  # neither is an example's
 
 
 @needs_tensorrt
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", TAKEN)
 def test_it_computes_the_same_and_is_built(name: str, arch: str) -> None:
-    """At lengths that were not traced; a press with another graph for short prompts has a short one, too."""
-    model = model_with(name, arch)
+    model, phase = model_with(name, arch), converted(name, arch)
+    for tokens in LENGTHS:
+        check_steps(one_layer(arch), model, tokens, check_prompt(model, [phase], tokens))
+    assert phase.network.build(TARGETS)
+
+
+@needs_tensorrt
+@needs_onnx
+@pytest.mark.parametrize(("name", "arch"), in_turn())
+def test_onnx_computes_the_same_and_is_built(name: str, arch: str, tmp_path: Path) -> None:
+    """The same program through ONNX: as ONNX Runtime runs it, and as TensorRT's own parser reads it."""
+    model, (prompts, program) = model_with(name, arch), long_prefill(name, arch)
+    phase = parsed("prefill", prompts.ranges, program, tmp_path)
+    for tokens in LENGTHS:
+        found = check_prompt(model, [phase], tokens)
+        for name, value in phase.evaluate({"input_ids": distinct_ids(tokens)}).items():
+            torch.testing.assert_close(value, found[name], atol=2e-5, rtol=1e-4, msg=name)
+    assert phase.build("SM89")
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(("name", "lengths"), [("chunk", (10, 28, 53)), ("chunkkv", (6,)), ("lagkv", (10,))])
+def test_short_prompts(name: str, lengths: tuple[int, ...]) -> None:
+    """Presses with other graphs for short prompts."""
+    model = model_with(name)
     phases = prefills(model)
-    for phase in phases:
-        inside = [n for n in (10, 28, 53, 149) if phase.spec.takes(n)]
-        for tokens in inside[-2:]:
-            check_steps(one_layer(arch), model, tokens, check_prompt(model, [phase], tokens))
-        assert phase.network.build(TARGETS)
+    for tokens in lengths:
+        check_prompt(model, phases, tokens)
+    assert all(phase.network.build(TARGETS) for phase in phases)
 
 
 def refusal(name: str) -> str:

@@ -20,7 +20,7 @@ from comparing import (
     compare_unpressed,
 )
 from methods import DELIMITER, MORE, Method, Spec, learned, shape_of
-from reference import MORE_FILES, Reference, captured, metadata, model_of, reference
+from reference import MORE_FILES, Reference, captured, marks, metadata, model_of, reference
 from safetensors.torch import save_file
 
 import kvpass
@@ -148,7 +148,7 @@ def is_decided(ref: Reference, method: Method, case: dict[str, Any]) -> bool:
 
 
 CASES = [
-    pytest.param(path, label, id=f"{path.stem}-{label}")
+    pytest.param(path, label, id=f"{path.stem}-{label}", marks=marks(path))
     for path in MORE_FILES
     for label in dict.fromkeys(case["label"] for case in metadata(path)["cases"])
 ]

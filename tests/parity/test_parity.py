@@ -30,7 +30,7 @@ from comparing import (
     compare_kept,
     compare_unpressed,
 )
-from reference import FILES, FIXTURES, Reference, captured, metadata, model_of, reference
+from reference import FILES, FIXTURES, Reference, captured, marks, metadata, model_of, reference
 from tiny_models import weights_checksum
 
 import kvpass
@@ -102,13 +102,13 @@ def compare_case(ref: Reference, case: dict[str, Any]) -> tuple[int, bool]:
 def labels() -> list[Any]:
     """All (file, label) pairs, as pytest parameters."""
     return [
-        pytest.param(path, label, id=f"{path.stem}-{label}")
+        pytest.param(path, label, id=f"{path.stem}-{label}", marks=marks(path))
         for path in FILES
         for label in dict.fromkeys(case["label"] for case in metadata(path)["cases"])
     ]
 
 
-each_file = pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+each_file = pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=marks(path)) for path in FILES])
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=[path.stem for path in FIXTURES])

@@ -21,7 +21,7 @@ each_press = pytest.mark.parametrize("name", OURS)
 
 
 @each_press
-@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("arch", [pytest.param("llama", marks=pytest.mark.exhaustive), "gemma3_text"])
 def test_the_graph_keeps_what_the_eager_code_keeps(name: str, arch: str) -> None:
     """At two lengths that were never the example's."""
     captured = captured_model(arch)
