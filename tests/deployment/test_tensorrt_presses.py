@@ -7,11 +7,9 @@ import pytest
 import torch
 from deployment.onnx_cases import needs_onnx, parsed
 from deployment.tensorrt_cases import (
-    ARCHITECTURES,
     LONGEST,
     OURS,
     REFUSED,
-    TAKEN,
     TARGETS,
     check_prompt,
     check_steps,
@@ -37,8 +35,7 @@ LENGTHS = (53, 149)  # neither is an example's
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(("name", "arch"), in_turn())
 def test_it_computes_the_same_and_is_built(name: str, arch: str) -> None:
     model, phase = model_with(name, arch), converted(name, arch)
     for tokens in LENGTHS:

@@ -1,8 +1,10 @@
-"""Every pass is verified in full here: all fake values are recomputed behind each one."""
+"""Verification in full runs every pass, so nothing stored is used: in `test_each_pass.py`, and with --exhaustive."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def full_verification(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KVPASS_VERIFY", "full")
+def full_verification(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All fake values are recomputed behind each pass."""
+    if request.config.getoption("--exhaustive") or request.path.stem == "test_each_pass":
+        monkeypatch.setenv("KVPASS_VERIFY", "full")
