@@ -7,11 +7,16 @@ import torch
 from models import eager_model, token_ids
 from modules import PlainLM
 from tiny_models import tiny_model
+from torch.export import ExportedProgram
 
 import kvpass
-from kvpass.capture import capture
+from kvpass.capture import capture, export
+from kvpass.capture.functional_form import DECOMPOSITIONS, functional
 from kvpass.capture.transformers_model import attending_with
 from kvpass.errors import UnsupportedModelError
+from kvpass.ir.printer import graph_text
+from kvpass.pass_manager import PassManager
+from kvpass.pipeline import capture_passes
 
 
 def test_the_attention_implementation_comes_back_after_an_exception() -> None:
@@ -34,6 +39,34 @@ def test_capture_does_not_change_the_model(arch: str) -> None:
     assert model.config.to_dict() == config
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model.eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3", "gemma3_text"])
+def test_functions_need_no_second_trace(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of casts, reshapes, dropouts and chunks the graph is the one that torch's decompositions make."""
+
+    def located() -> str:
+        return graph_text(PassManager(capture_passes()).run(capture(eager_model(arch))))
+
+    monkeypatch.setattr(export, "functional", lambda exported: exported.run_decompositions(DECOMPOSITIONS))
+    decomposed = located()
+    monkeypatch.setattr(export, "functional", functional)
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", None)  # fails if it is called
+    assert located() == decomposed
+
+
+def test_writing_needs_a_second_trace() -> None:
+    """A model that adds in place, and one whose views are taken apart."""
+
+    class Adds(PlainLM):
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(input_ids, position_ids)
+            logits[..., 0] += 1
+            return logits.view_as(logits).add_(2)
+
+    model, ids = Adds("causal", "causal"), token_ids(2, 20) % 60
+    expected = model(ids, torch.arange(20).repeat(2, 1))[:, -1:]
+    torch.testing.assert_close(kvpass.compile(model, backend="eager").prefill(ids).logits, expected)
 
 
 def test_parameters_are_shared_not_copied() -> None:

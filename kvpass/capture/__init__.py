@@ -9,8 +9,9 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 
-from kvpass.capture.export import DECOMPOSITIONS, export_model, program_from_export
+from kvpass.capture.export import export_model, program_from_export
 from kvpass.capture.fixed_rope import rope_fixed_for
+from kvpass.capture.functional_form import functional
 from kvpass.capture.interface import interface_of
 from kvpass.capture.transformers_model import (
     OwnAttentionError,
@@ -77,7 +78,7 @@ def _from_export(exported: ExportedProgram, max_tokens: int | None) -> KVProgram
     interface = interface_of(exported)
     if max_tokens is not None and max_tokens > interface.max_tokens:
         raise UnsupportedModelError(f"max_tokens={max_tokens}: the program was exported for {interface.max_tokens}")
-    program = program_from_export(exported.run_decompositions(DECOMPOSITIONS), interface)
+    program = program_from_export(functional(exported), interface)
     program.max_tokens = max_tokens or interface.max_tokens
     return program
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch._decomp import get_decompositions
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from kvpass.capture.functional_form import as_function, functional
 from kvpass.capture.interface import OURS, Interface
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.form import Form
@@ -22,22 +22,6 @@ from kvpass.ir.symbols import SymbolicShapes
 
 # Sizes of the example. A dynamic size of 1 would be frozen, and equal sizes could be taken for one another.
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 24
-
-
-def _complex(real: Tensor, imaginary: Tensor) -> Tensor:
-    return torch.view_as_complex(torch.stack([real, imaginary], dim=-1))
-
-
-def _polar(size: Tensor, angle: Tensor) -> Tensor:
-    return _complex(size * angle.cos(), size * angle.sin())
-
-
-# Operators stay whole, but for those whose fake kernels freeze sizes, or refuse symbolic ones (baddbmm).
-DECOMPOSITIONS = {
-    torch.ops.aten.polar.default: _polar,
-    torch.ops.aten.complex.default: _complex,
-    **get_decompositions((torch.ops.aten.baddbmm.default,)),
-}
 
 
 class _Signature(nn.Module):
@@ -94,8 +78,7 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-        functional: ExportedProgram = exported.run_decompositions(DECOMPOSITIONS)
-        return functional
+        return functional(exported)
 
 
 def program_from_export(exported: ExportedProgram, interface: Interface = OURS) -> KVProgram:
@@ -131,8 +114,10 @@ def program_from_export(exported: ExportedProgram, interface: Interface = OURS) 
             placed[node] = known.get(node.name) or _all_ones(graph, ids, node.meta["val"].dtype)
     for node in exported.graph.nodes:
         if node.op == "call_function":
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), placed.__getitem__)
-            placed[node] = graph.create_node("call_function", node.target, args, kwargs, name=plain_name(node))
+            target, given, named = as_function(node) or (node.target, node.args, node.kwargs)
+            args, kwargs = torch.fx.node.map_arg((given, named), placed.__getitem__)
+            placed[node] = graph.create_node("call_function", target, args, kwargs)
+            placed[node]._rename(plain_name(placed[node]))
             placed[node].meta = dict(node.meta)
         elif node.op not in ("placeholder", "output"):
             raise UnsupportedModelError(
