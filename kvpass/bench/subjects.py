@@ -45,8 +45,11 @@ def subjects(
     table["kvpass, no press"] = lambda: _kvpass(model, None, None, backend, mode)
     for press in presses:
         table[f"kvpass, {press}"] = partial(_kvpass, model, press, ratio, backend, mode)
-    chosen = {name for o in only for name in ([o] if o in table else [n for n in table if n.startswith(o)])}
-    return {name: partial(_subject, name, make) for name, make in table.items() if not only or name in chosen}
+    return {
+        name: partial(_subject, name, make)
+        for name, make in table.items()
+        if not only or any(name.startswith(o) for o in only)
+    }
 
 
 def _subject(name: str, make: Callable[[], Generate]) -> Subject:
