@@ -54,12 +54,15 @@ def as_function(node: Node) -> Call | None:
         return FORMS[target](node)
     if not isinstance(target, OpOverload):
         on_sizes = isinstance(node.meta.get("val"), (*SYMBOLIC, int, float, bool))
-        return (target, node.args, dict(node.kwargs)) if on_sizes or target is operator.getitem else None
+        return _unchanged(node) if on_sizes or target is operator.getitem else None
     schema, composite = target._schema, "CompositeImplicitAutograd"
     aliases = any(returned.alias_info is not None for returned in schema.returns)
     hidden = aliases and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), composite)
-    if schema.is_mutable or target in DECOMPOSITIONS or hidden:
-        return None
+    return None if schema.is_mutable or target in DECOMPOSITIONS or hidden else _unchanged(node)
+
+
+def _unchanged(node: Node) -> Call:
+    target: Any = node.target
     return target, node.args, dict(node.kwargs)
 
 
@@ -83,10 +86,6 @@ def _chunk(node: Node) -> Call | None:
     return (aten.split.Tensor, (states, -(-size // count), axis), {}) if isinstance(size, int) else None
 
 
-def _reshape(node: Node) -> Call | None:
-    return aten.reshape.default, node.args, dict(node.kwargs)
-
-
 def _has(node: Node, name: str) -> bool:
     return any(parameter.name == name for parameter in node.target._schema.arguments)  # type: ignore[union-attr]
 
@@ -98,5 +97,5 @@ FORMS: Mapping[OpOverload, Callable[[Node], Call | None]] = {
     aten.contiguous.default: _contiguous,
     aten.dropout.default: _dropout,
     aten.chunk.default: _chunk,
-    aten.reshape.default: _reshape,
+    aten.reshape.default: _unchanged,  # may copy, which it does unseen
 }

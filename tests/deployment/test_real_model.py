@@ -13,14 +13,12 @@ LENGTHS = (97, 311, 500)  # none an example's
 NEW = 12
 
 
-@pytest.mark.parametrize("layers", [8, pytest.param(30, marks=pytest.mark.exhaustive)])
-def test_greedy_text(layers: int, tmp_path: Path) -> None:
-    """Behind texts of three lengths; half of their pairs are dropped. Its first layers, or all of them."""
+def test_greedy_text(tmp_path: Path) -> None:
+    """Behind texts of three lengths; half of their pairs are dropped."""
     try:
         model, tokenizer = smollm2.load()
     except smollm2.MissingModelError as error:
         pytest.skip(str(error))
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
     compiled = kvpass.compile(model, "snapkv", 0.5, backend="eager")
     compiled.export(tmp_path / "package", max_tokens=512)
     deployed = kvpass.load(tmp_path / "package")

@@ -9,7 +9,7 @@ pytestmark = needs_tensorrt
 
 @pytest.mark.parametrize(("name", "arch"), in_turn(shift=1))
 def test_float16_is_built(name: str, arch: str) -> None:
-    """Numbers are those of float32, which `test_tensorrt_presses.py` compares with eager's on all architectures."""
+    """Numbers are those of float32, which `test_tensorrt_presses.py` compares with eager's."""
     assert converted(name, arch, torch.float16).network.build(TARGETS)
 
 

@@ -52,8 +52,8 @@ def test_onnx_computes_the_same_and_is_built(name: str, arch: str, tmp_path: Pat
     phase = parsed("prefill", prompts.ranges, program, tmp_path)
     for tokens in LENGTHS:
         found = check_prompt(model, [phase], tokens)
-        for name, value in phase.evaluate({"input_ids": distinct_ids(tokens)}).items():
-            torch.testing.assert_close(value, found[name], atol=2e-5, rtol=1e-4, msg=name)
+        for output, value in phase.evaluate({"input_ids": distinct_ids(tokens)}).items():
+            torch.testing.assert_close(value, found[output], atol=2e-5, rtol=1e-4, msg=output)
     assert phase.build("SM89")
 
 
