@@ -77,7 +77,7 @@ def attention(scale: float | None) -> Callable[..., Tensor]:
     def attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         rows = range(query.shape[2])
         query, key, summands = (cast(tensor, torch.float32) for tensor in (query, key, value))
-        scaled = query * (query.shape[3] ** -0.5 if scale is None else scale)
+        scaled = _computed_once(query * (query.shape[3] ** -0.5 if scale is None else scale))
         scores = torch.stack([(key * scaled[:, :, row : row + 1]).sum(dim=-1) for row in rows], dim=2)
         if mask is not None:
             scores = torch.where(mask, scores, float("-inf"))
@@ -87,6 +87,15 @@ def attention(scale: float | None) -> Callable[..., Tensor]:
         return cast(torch.stack(sums, dim=2) / powers.sum(dim=3), value.dtype)
 
     return attended
+
+
+def _computed_once(tensor: Tensor) -> Tensor:
+    """The same numbers as memory that was written: of a strided view inductor makes it.
+
+    Else it rotates the query again for each key: 437 instead of 292 us at 4,424 slots in bfloat16 (3 KV heads of 64).
+    """
+    dense = tensor.contiguous()
+    return dense.as_strided(dense.shape, dense.stride())
 
 
 def _width(value: Tensor, rows: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from kvpass.backends import blocked_attention
 from kvpass.backends.onednn import multiply_with_onednn
 from kvpass.backends.regions import Region, Regions, cut_regions
 from kvpass.ir.program import STORED, KVProgram, Role
@@ -177,6 +178,8 @@ def _compiled(region: Region, hints: Sequence[int], *, reads: Sequence[Kind], op
     if all(kind.device.type == "cpu" for kind in reads):
         names = [node.name for node in module.graph.nodes if node.op == "placeholder"][len(hints) :]
         multiply_with_onednn(module.graph, {name: kind.dtype for name, kind in zip(names, reads, strict=True)})
+        if blocked_attention.pays():
+            blocked_attention.attend_in_blocks(module.graph)
         module.recompile()
     with torch.no_grad():
         run = torch._inductor.compile(module, list(inputs.values), dict(options))

@@ -240,7 +240,9 @@ class _Writer:
     def _copy(self, node: Node) -> None:
         """Under a name that says nothing of where it stood."""
         args, kwargs = map_arg((node.args, node.kwargs), lambda source: self._copied(self._source(source)))
-        self.new[node] = self.graph.create_node(node.op, node.target, args, kwargs, f"value_{len(self.new)}")
+        new = self.graph.create_node(node.op, node.target, args, kwargs, f"value_{len(self.new)}")
+        new.meta["dtype"] = getattr(node.meta.get("val"), "dtype", None)  # a shape would name the program's symbols
+        self.new[node] = new
 
     def _size(self, node: Node) -> Any:
         """A size of a tensor, computed of the symbols."""

@@ -23,8 +23,8 @@ def test_one_layer() -> None:
 
 -scaled_dot_product_attention: f32[1, 2, 2, 16] = scaled_dot_product_attention(flatten(unflatten(add_1, 1, [2, 2]), 2, 3), keys_out_0, values_out_0, flatten(expand(unsqueeze(unsqueeze(le, 1), 2), [-1, -1, 2, -1, -1]), 2, 3), scale=0.25)
 -attended_0: f32[1, 4, 1, 16] = flatten(unflatten(scaled_dot_product_attention, 2, [2, 1]), 1, 2)
-+mul_21: f32[1, 2, 2, 16] = mul(flatten(unflatten(add_1, 1, [2, 2]), 2, 3), 0.25)
-+stack: f32[1, 2, 2, C_0] = stack([sum(mul(keys_out_0, slice(mul_21, 2, 0, 1)), [-1]), sum(mul(keys_out_0, slice(mul_21, 2, 1, 2)), [-1])], 2)
++as_strided: f32[1, 2, 2, 16] = as_strided(mul(flatten(unflatten(add_1, 1, [2, 2]), 2, 3), 0.25), [1, 2, 2, 16], [64, 32, 16, 1])
++stack: f32[1, 2, 2, C_0] = stack([sum(mul(keys_out_0, slice(as_strided, 2, 0, 1)), [-1]), sum(mul(keys_out_0, slice(as_strided, 2, 1, 2)), [-1])], 2)
 +where: f32[1, 2, 2, C_0] = where(flatten(expand(unsqueeze(unsqueeze(le, 1), 2), [-1, -1, 2, -1, -1]), 2, 3), stack, -inf)
 +unsqueeze_20: f32[1, 2, 2, C_0, 1] = unsqueeze(exp(sub(where, amax(where, [-1], True))), -1)
 +getitem: f32[1, 2, C_0, 16] = split(values_out_0, 16, 3)[0]
