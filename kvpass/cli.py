@@ -108,7 +108,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     backend: Annotated[Backend, typer.Option(help="What runs the graphs.")] = Backend.INDUCTOR,
     mode: Annotated[str | None, typer.Option(help="Of torch.compile, e.g. reduce-overhead.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Subjects whose name begins so.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Subjects whose name begins so, a regular expression.")] = None,
     warm: Annotated[bool, typer.Option(help="Compile in a process of its own, and once more in another.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write everything that was measured to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a PNG; needs kvpass[plot].")] = None,

@@ -58,6 +58,8 @@ def test_subjects_do_the_same_work() -> None:
     """Where nothing is dropped, all of them say the same."""
     model, ids = eager_model("llama"), token_ids(1, 60)
     table = subjects.subjects(model, ["knorm"], 0.5, "eager", None)
+    chosen = subjects.subjects(model, ["knorm", "tova"], 0.5, "eager", None, ("transformers$", "kvpass, (no|tova)"))
+    assert list(chosen) == ["transformers", "kvpass, no press", "kvpass, tova"]
     said = {name: clock.run(table[name](), ids, 6).tokens for name in ("transformers", "kvpass, no press")}
     assert said["transformers"] == said["kvpass, no press"]
 

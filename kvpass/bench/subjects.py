@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Subject:
 def subjects(
     model: Any, presses: Sequence[str], ratio: float, backend: str, mode: str | None, only: tuple[str, ...] = ()
 ) -> dict[str, Callable[[], Subject]]:
-    """By name, made when called; kvpress only where it can be imported."""
+    """By name, made when called; kvpress only where it can be imported. `only` are regular expressions of names."""
     table: dict[str, Callable[[], Generate]] = {
         "transformers": lambda: _eager(model),
         "transformers, static, compiled": lambda: _static(model),
@@ -48,7 +49,7 @@ def subjects(
     return {
         name: partial(_subject, name, make)
         for name, make in table.items()
-        if not only or any(name.startswith(o) for o in only)
+        if not only or any(re.match(pattern, name) for pattern in only)
     }
 
 
