@@ -53,11 +53,11 @@ def export_model(
         if guard == "in_graph":
             programs, phases = _guarded(model, batch_size, longest, capacity or longest, progress)
         else:
-            forms = "tensorrt" if for_tensorrt else format
-            programs, phases = _programs(model, forms, batch_size, longest, progress)
+            programs, phases = _programs(model, "tensorrt" if for_tensorrt else format, batch_size, longest, progress)
         manifest = _manifest(model, format, guard, batch_size, phases)
         texts = {f"{TEXTS}/{name}.txt": program_text(program) for name, program in programs.items()}
-        _backend(format).write(programs, manifest, texts, target, progress, **engine)
+        parsed = {"for_tensorrt": True} if for_tensorrt else {}
+        _backend(format).write(programs, manifest, texts, target, progress, **parsed, **engine)
 
 
 def checked_options(

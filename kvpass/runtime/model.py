@@ -155,7 +155,7 @@ class CompiledModel(nn.Module, GenerationMixin):
             file of weights, for ONNX Runtime; float32 or float16. "tensorrt": a folder
             with one engine per phase.
         for_tensorrt: of "onnx", True writes what TensorRT's ONNX parser takes; such a package serves prompts of
-            up to max_tokens with TopK layers of as many, and ONNX Runtime runs it, too.
+            up to max_tokens with TopK layers of as many, and ONNX Runtime runs it, too, unless it is bfloat16.
         guard: "in_graph" makes one program of prefill and extend, in which `torch.cond` decides, over caches of
             `capacity` slots (max_tokens by default), for runtimes with a single entry point. It cannot take fewer ids
             than the press needs: single tokens come with padding, and cost as much as all of them.

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,20 +53,21 @@ class Parsed:
         names = [network.get_output(i).name.removesuffix(STATE) for i in range(network.num_outputs)]
         return dict(zip(names, evaluate(network, given), strict=True))
 
-    def build(self, target: str) -> bytes | None:
-        """What the builder makes of that network."""
+    def build(self, targets: Sequence[str]) -> bytes | None:
+        """What the builder makes of that network for these compute capabilities."""
         trt = library().trt
         builder, network, _ = self._read
         config, profile = builder.create_builder_config(), builder.create_optimization_profile()
         for name, extent in profile_of(self.spec, MAX_TOKENS).items():
             profile.set_shape(name, extent.least, extent.usual, extent.most)
         config.add_optimization_profile(profile)
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target), index)
         plan: bytes | None = builder.build_serialized_network(network, config)
         return plan
 
 
 def parsed(phase: str, tokens: list[tuple[int, int]], program: Any, folder: Path) -> Parsed:
-    write_phases({phase: program}, folder)
+    write_phases({phase: program}, folder, for_tensorrt=True)
     return Parsed(phase_spec(phase, phase, tokens, program), folder)

@@ -47,12 +47,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
     known: dict[object, Any] = {}
     convert_phase = convert.converted
 
-    def once(phase: str, program: Any) -> Any:
+    def once(phase: str, program: Any, **options: Any) -> Any:
         if phase not in ("extend", "decode"):
-            return convert_phase(phase, program)
+            return convert_phase(phase, program, **options)
         key = (phase, next(iter(program.state_dict.values())).data_ptr())
         if key not in known:
-            known[key] = convert_phase(phase, program)
+            known[key] = convert_phase(phase, program, **options)
         return known[key].clone()
 
     def exported(arch: str, layers: int, press: str) -> Package:

@@ -15,9 +15,11 @@ from deployment.tensorrt_cases import (
     with_room,
 )
 from models import compiled_model
+from tiny_models import tiny_model
 
 import kvpass
 from kvpass.deployment.export import prefill_program, prompts_of, step_program
+from kvpass.deployment.manifest import MANIFEST, Manifest
 from kvpass.errors import PackageError
 from kvpass.ir.form import Phase
 
@@ -46,7 +48,7 @@ def test_new_tokens(arch: str, phase: Phase, tmp_path: Path) -> None:
             for layer in (n for n, shape in enumerate(layers) if shape.ring is None):
                 mine = found[f"keys_{layer}"][:, :, : cache.kept(layer)]
                 torch.testing.assert_close(mine, cache.keys(layer), atol=2e-5, rtol=1e-4)
-    assert step.build("SM89")
+    assert step.build(["SM89"])
 
 
 def test_a_package(tmp_path: Path) -> None:
@@ -57,6 +59,19 @@ def test_a_package(tmp_path: Path) -> None:
     text = model.generate(distinct_ids(53), max_new_tokens=8, do_sample=False)
     assert torch.equal(loaded.generate(distinct_ids(53), 8), text)
     for spec in loaded.manifest.phases:
-        assert Parsed(spec, tmp_path / "package").build("SM89")
+        assert Parsed(spec, tmp_path / "package").build(["SM89"])
     with pytest.raises(PackageError, match="for_tensorrt=True: for format='onnx' alone, not 'tensorrt'"):
         model.export(tmp_path / "other", "tensorrt", for_tensorrt=True)
+
+
+def test_a_bfloat16_package(tmp_path: Path) -> None:
+    """TensorRT's parser reads it, ONNX Runtime cannot."""
+    model = kvpass.compile(
+        tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=1), "knorm", 0.5, backend="eager"
+    )
+    model.export(tmp_path / "package", "onnx", max_tokens=LONGEST, for_tensorrt=True)
+    told = Manifest.from_json((tmp_path / "package" / MANIFEST).read_text(), "")
+    for spec in told.phases:
+        assert Parsed(spec, tmp_path / "package").build(["SM89"])
+    with pytest.raises(PackageError, match="is bfloat16, for which ONNX Runtime has no CPU kernels; TensorRT's"):
+        kvpass.load(tmp_path / "package")

@@ -40,11 +40,12 @@ def test_one_layer() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "channels"), [(1, 64), (3, 64), (8, 128), (2, 24)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_same_attention(rows: int, channels: int, masked: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("slots", [37, 128, 200])
+def test_the_same_attention(rows: int, channels: int, masked: bool, slots: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(rows)
-    query, key, value = (torch.randn(1, 2, n, channels, generator=generator).to(dtype) for n in (rows, 37, 37))
+    query, key, value = (torch.randn(1, 2, n, channels, generator=generator).to(dtype) for n in (rows, slots, slots))
     mask = (
-        (torch.rand(1, 1, rows, 37, generator=generator) < 0.5).index_fill(3, torch.tensor([0]), True)
+        (torch.rand(1, 1, rows, slots, generator=generator) < 0.5).index_fill(3, torch.tensor([0]), True)
         if masked
         else None
     )

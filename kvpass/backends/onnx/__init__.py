@@ -21,20 +21,27 @@ def write(
     texts: Mapping[str, str],
     path: Path,
     progress: Callable[[str], None],
+    *,
+    for_tensorrt: bool = False,
 ) -> None:
     """A folder with `<phase>.onnx`, the weights of all phases and the manifest."""
-    write_phases(programs, path, progress)
+    write_phases(programs, path, progress, for_tensorrt=for_tensorrt)
     write_texts(texts, path)
     (path / MANIFEST).write_text(replace(manifest, files=digests(path)).to_json())
 
 
 def write_phases(
-    programs: Mapping[str, ExportedProgram], folder: Path, progress: Callable[[str], None] = lambda step: None
+    programs: Mapping[str, ExportedProgram],
+    folder: Path,
+    progress: Callable[[str], None] = lambda step: None,
+    *,
+    for_tensorrt: bool = False,
 ) -> None:
     """Write `<phase>.onnx` for each functional program, and the tensors of all of them to one file, each once.
 
     Inputs and outputs have the program's names, but that new state is called `keys_0_out`. Raises `PackageError` where
-    ONNX, or ONNX Runtime on a CPU, could not do the same, before anything is written.
+    ONNX, or ONNX Runtime on a CPU, could not do the same, before anything is written; `for_tensorrt` they may be
+    bfloat16, which its parser reads.
     """
     _need("onnx", "onnxscript")
     from kvpass.backends.onnx.convert import converted
@@ -43,7 +50,7 @@ def write_phases(
     models = {}
     for name, program in programs.items():
         progress(f"converting {name}")
-        models[name] = converted(name, program)
+        models[name] = converted(name, program, for_tensorrt=for_tensorrt)
     progress("writing")
     folder.mkdir(exist_ok=True)
     write_models(models, folder)
@@ -68,6 +75,10 @@ class Runner(OnnxRunner):
     """Runs a package."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
+        if any(layer.dtype == "bfloat16" for layer in manifest.layers):
+            raise PackageError(
+                f"{path} is bfloat16, for which ONNX Runtime has no CPU kernels; TensorRT's parser reads it"
+            )
         super().__init__(path, [phase.name for phase in manifest.phases])
 
 

@@ -24,9 +24,12 @@ VIEWS = ["Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Ca
 _of_layer = re.compile(r"(keys|values|positions|kept)_(\d+)(_out)?")
 
 
-def converted(phase: str, program: ExportedProgram) -> ir.Model:
-    """The model, its weights still torch's. Raises `PackageError` for what ONNX, or ONNX Runtime's CPU, cannot do."""
-    _check(phase, program)
+def converted(phase: str, program: ExportedProgram, *, for_tensorrt: bool = False) -> ir.Model:
+    """The model, its weights still torch's. Raises `PackageError` for what ONNX, or ONNX Runtime's CPU, cannot do.
+
+    for_tensorrt: whether TensorRT's parser reads it, which takes bfloat16, too.
+    """
+    _check(phase, program, for_tensorrt)
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # no torchvision
     try:
         exported = torch.onnx.export(
@@ -51,13 +54,15 @@ def converted(phase: str, program: ExportedProgram) -> ir.Model:
     return model
 
 
-def _check(phase: str, program: ExportedProgram) -> None:
+def _check(phase: str, program: ExportedProgram, for_tensorrt: bool) -> None:
     kinds = {spec.kind for spec in program.graph_signature.output_specs}
     if kinds != {OutputKind.USER_OUTPUT}:
         raise VerificationError(f"{phase} writes to its inputs, which ONNX cannot say; export it with functional=True")
     tensors = [*program.state_dict.items(), *program.constants.items()]
-    if found := [name for name, value in tensors if getattr(value, "dtype", None) is torch.bfloat16]:
-        raise PackageError(f"{found[0]} is bfloat16, for which ONNX Runtime has no CPU kernels; export model.float()")
+    found = [name for name, value in tensors if getattr(value, "dtype", None) is torch.bfloat16]
+    if found and not for_tensorrt:
+        reason = f"{found[0]} is bfloat16, for which ONNX Runtime has no CPU kernels"
+        raise PackageError(f"{reason}; export model.float(), or for_tensorrt=True")
 
 
 def _reason(phase: str, program: ExportedProgram, error: Exception) -> str:
