@@ -114,7 +114,10 @@ def make_press(cls: type[Press], given: list[Any], named: Mapping[str, Any]) -> 
 
 
 def press_text(press: Press) -> str:
-    """The text that `parse_press` turns into this press. Raises `PressError` if an option has no such text."""
+    """The text that `parse_press` turns into this press.
+
+    Raises `PressError` if an option has no such text, or the class is not registered.
+    """
     text = _text(press)
     if parse_press(text) != press:
         raise PressError(f"{press.name} cannot be written as text: {text} is another press")
@@ -123,6 +126,9 @@ def press_text(press: Press) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, Press):
+        known, kind = registered_presses().get(getattr(value, "name", "")), type(value).__qualname__
+        if known is None or known.__qualname__ != kind:
+            raise PressError(f'{kind} has no name for files; write @kvpass.register_press("...") above the class')
         options = [
             f"{field.name}={_text(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.init
         ]

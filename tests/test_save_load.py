@@ -171,5 +171,5 @@ def test_presses_as_text() -> None:
     class Odd(Knorm):
         """Not registered: its name is that of its base."""
 
-    with pytest.raises(PressError, match="is another press"):
+    with pytest.raises(PressError, match=r"Odd has no name for files; write @kvpass.register_press"):
         press_text(Odd())

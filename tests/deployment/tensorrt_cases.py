@@ -32,6 +32,15 @@ TAKEN = sorted(set(OURS) - REFUSED)
 Named = dict[str, Tensor]
 
 
+def in_turn(shift: int = 0) -> list[Any]:
+    """Every press on every architecture, as (name, arch); one architecture a press if not `--exhaustive`."""
+    return [
+        pytest.param(name, arch, marks=[] if column == (row + shift) % 3 else pytest.mark.exhaustive)
+        for row, name in enumerate(TAKEN)
+        for column, arch in enumerate(ARCHITECTURES)
+    ]
+
+
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("torch_tensorrt") is None,
     reason="needs torch-tensorrt-rtx: pip install --no-deps torch-tensorrt-rtx, see the README",

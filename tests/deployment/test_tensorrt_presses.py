@@ -4,15 +4,22 @@ import os
 from pathlib import Path
 
 import pytest
-from deployment.press_on_tensorrt import PressOnTensorRT
+import torch
+from deployment.onnx_cases import needs_onnx, parsed
 from deployment.tensorrt_cases import (
     LONGEST,
     OURS,
     REFUSED,
     TARGETS,
     check_prompt,
+    check_steps,
+    converted,
+    distinct_ids,
+    in_turn,
+    long_prefill,
     model_with,
     needs_tensorrt,
+    one_layer,
     prefills,
 )
 
@@ -24,25 +31,30 @@ from kvpass.pipeline import phase_passes
 from kvpass.prompts import prompts_of
 
 README = Path(__file__).parents[2] / "README.md"
+LENGTHS = (53, 149)  # neither is an example's
 
 
-# One class each: they run side by side.
-class TestLlama(PressOnTensorRT):
-    """Plain."""
-
-    arch = "llama"
-
-
-class TestQwen3(PressOnTensorRT):
-    """Queries and keys are normalised."""
-
-    arch = "qwen3"
+@needs_tensorrt
+@pytest.mark.parametrize(("name", "arch"), in_turn())
+def test_it_computes_the_same_and_is_built(name: str, arch: str) -> None:
+    model, phase = model_with(name, arch), converted(name, arch)
+    for tokens in LENGTHS:
+        check_steps(one_layer(arch), model, tokens, check_prompt(model, [phase], tokens))
+    assert phase.network.build(TARGETS)
 
 
-class TestGemma3(PressOnTensorRT):
-    """Other scales, norms behind the layers, windows."""
-
-    arch = "gemma3_text"
+@needs_tensorrt
+@needs_onnx
+@pytest.mark.parametrize(("name", "arch"), in_turn())
+def test_onnx_computes_the_same_and_is_built(name: str, arch: str, tmp_path: Path) -> None:
+    """The same program through ONNX: as ONNX Runtime runs it, and as TensorRT's own parser reads it."""
+    model, (prompts, program) = model_with(name, arch), long_prefill(name, arch)
+    phase = parsed("prefill", prompts.ranges, program, tmp_path)
+    for tokens in LENGTHS:
+        found = check_prompt(model, [phase], tokens)
+        for output, value in phase.evaluate({"input_ids": distinct_ids(tokens)}).items():
+            torch.testing.assert_close(value, found[output], atol=2e-5, rtol=1e-4, msg=output)
+    assert phase.build(TARGETS)
 
 
 @needs_tensorrt
