@@ -7,10 +7,12 @@ import torch
 from models import eager_model, token_ids
 from modules import PlainLM
 from tiny_models import tiny_model
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import kvpass
 from kvpass.capture import capture, export
+from kvpass.capture.export import export_model
 from kvpass.capture.functional_form import DECOMPOSITIONS, functional
 from kvpass.capture.transformers_model import attending_with
 from kvpass.errors import UnsupportedModelError
@@ -92,6 +94,28 @@ def test_a_plain_module_runs_from_prefill_to_decode() -> None:
     out = dense.prefill(ids[:, :30])
     steps = [dense(input_ids=ids[:, i : i + 1], past_key_values=out.past_key_values).logits for i in range(30, 40)]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 30:], atol=1e-5, rtol=1e-5)
+
+
+class InASet(nn.Module):
+    """Loops over a set, as models of transformers do over the kinds of their layers."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({name: nn.Parameter(torch.ones(1)) for name in names})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        total = ids[..., None].float()
+        for name in set(self.weights):
+            total = total * self.weights[name]
+        return total
+
+
+def test_the_order_of_a_set_is_no_matter_of_the_process() -> None:
+    names = [f"kind_{letter}" for letter in "hgfedcba"]
+    exported = export_model(InASet(names), {}, 100)
+    order = [node.args[1].name for node in exported.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    assert order == [f"p_model_weights_{name}" for name in sorted(names)]
+    assert "set" not in globals()
 
 
 def test_a_plain_module_generates() -> None:

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kvpass.capture.functional_form import as_function, functional
 from kvpass.capture.interface import OURS, Interface
+from kvpass.capture.set_order import sets_in_order
 from kvpass.errors import UnsupportedModelError
 from kvpass.ir.form import Form
 from kvpass.ir.holder import holder
@@ -61,7 +62,7 @@ def export_model(model: nn.Module, fixed: Mapping[str, object], max_tokens: int)
         1: Dim("tokens", min=2, max=max(max_tokens, EXAMPLE_LENGTH + 1)),
     }
     # Under no_grad, because RoPE modules are decorated with it and would hide in a sub-graph otherwise.
-    with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), warnings.catch_warnings():
+    with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), sets_in_order(model), warnings.catch_warnings():
         # torch 2.13's own export uses a class that it deprecates; nobody who reads it could do anything about it.
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
         call, given = _Signature(model, fixed), (ids, positions)
