@@ -90,14 +90,18 @@ def slice_scatter(
 
 def sort_stable(x: Value, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Value, Value]:
     """Of equal values TopK has the lowest index first."""
-    values, indices = op.TopK(x, _size(x, dim), axis=dim, largest=int(descending), sorted=1)
-    return values, indices
+    return _top(x, _size(x, dim), dim, largest=descending)
+
+
+def topk(x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
+    """Sorted in any case."""
+    return _top(x, _ints([k]), dim, largest=largest)
 
 
 def median(x: Value, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
     """The lower one of two, as torch has it."""
     count = op.Div(op.Add(_size(x, dim), _ints([1])), _ints([2]))
-    values, indices = op.TopK(x, count, axis=dim, largest=0, sorted=1)
+    values, indices = _top(x, count, dim, largest=False)
     last = op.Sub(count, _ints([1]))
     found = [op.Gather(each, last, axis=dim) for each in (values, indices)]
     values, indices = found if keepdim else [op.Squeeze(each, _ints([dim])) for each in found]
@@ -131,11 +135,20 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     aten.index_put.default: index_put,
     aten.slice_scatter.default: slice_scatter,
     aten.sort.stable: sort_stable,
+    aten.topk.default: topk,
     aten.median.dim: median,
     aten.linalg_cholesky_ex.default: cholesky_ex,
     aten.linalg_solve_triangular.default: solve_triangular,
     aten.linalg_solve.default: solve,
 }
+
+
+def _top(x: Value, count: Value, dim: int, *, largest: bool) -> tuple[Value, Value]:
+    """TopK, which takes no bfloat16 in this opset: float32 numbers have the same order."""
+    values, indices = op.TopK(
+        op.Cast(x, to=1) if x.dtype.name == "BFLOAT16" else x, count, axis=dim, largest=int(largest), sorted=1
+    )
+    return op.CastLike(values, x) if x.dtype.name == "BFLOAT16" else values, indices
 
 
 def _ints(values: Sequence[int]) -> Value:
