@@ -93,9 +93,9 @@ def sort_stable(x: Value, stable: bool | None = None, dim: int = -1, descending:
     return _top(x, _size(x, dim), dim, largest=descending)
 
 
-def topk(x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
+def topk(x: Value, k: Value, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
     """Sorted in any case."""
-    return _top(x, _ints([k]), dim, largest=largest)
+    return _top(x, [k], dim, largest=largest)
 
 
 def median(x: Value, dim: int = -1, keepdim: bool = False) -> tuple[Value, Value]:
