@@ -166,8 +166,13 @@ def test_onednn_multiplies_the_same() -> None:
     module = torch.fx.symbolic_trace(Linears())
     given = torch.randn(2, 5, 16), torch.randn(16, 16), torch.randn(16)
     expected = module(*given)
-    assert multiply_with_onednn(module.graph, {"weight": torch.bfloat16}) == 0
-    found = multiply_with_onednn(module.graph, {"weight": torch.float32})
+    linears = [node for node in module.graph.nodes if node.op == "call_function"]
+    for node in linears:
+        node.meta["dtype"] = torch.bfloat16
+    assert multiply_with_onednn(module.graph) == 0
+    for node in linears:
+        node.meta["dtype"] = torch.float32
+    found = multiply_with_onednn(module.graph)
     module.recompile()
     assert found == (2 if torch.backends.mkldnn.is_available() else 0)
     torch.testing.assert_close(module(*given), expected, atol=1e-4, rtol=1e-4)

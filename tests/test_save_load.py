@@ -171,5 +171,16 @@ def test_presses_as_text() -> None:
     class Odd(Knorm):
         """Not registered: its name is that of its base."""
 
+    def made() -> type[Knorm]:
+        @kvpass.register_press("twice")
+        class Twice(Knorm):
+            """Defined again, as in a notebook: the name is that of the later one."""
+
+        return Twice
+
+    earlier = made()
+    made()
+    with pytest.raises(PressError, match="is another press"):
+        press_text(earlier())
     with pytest.raises(PressError, match=r"Odd has no name for files; write @kvpass.register_press"):
         press_text(Odd())

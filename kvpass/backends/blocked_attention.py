@@ -15,18 +15,18 @@ library.define(
     "blocked_attention(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor",
     tags=(torch.Tag.flexible_layout,),
 )
-TOKENS = 1024  # of shorter prompts torch's kernel was as fast
-ROWS = 512  # of scores at a time, those of all query heads of a KV head: they stay in the cache of a core
+TOKENS = 1024  # what is won grows with the length: a fifth at about so many tokens, shorter ones were not measured
+ROWS = 512  # of scores at a time, those of all query heads of a KV head; 384 to 1,024 were about as fast
 SINKS = 16  # first tokens, which often have the largest scores
 SPACED = 64  # tokens of the rest of the prompt
-PADDING = 16  # channels for the shift; the product is fastest with a multiple of it
+PADDING = 16  # channels for the shift; 2 and 32 were no faster
 
 
 def pays() -> bool:
     """Whether bfloat16 products are fast on this CPU, and torch's attention does not use them.
 
-    Its kernel asks MKL for them unless there is AMX, and MKL has them on some CPUs alone: profiled on an EPYC with
-    AVX512-BF16 it spent 55 to 70 % of its time in float32 products. oneDNN makes bfloat16 ones on all of them.
+    Its kernel asks MKL for them. Profiled on an EPYC with AVX512-BF16 and without AMX, the only such CPU that was at
+    hand, MKL made float32 products of them, 55 to 70 % of the whole time, at a third of the rate of oneDNN's.
     """
     here = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     return here and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -50,8 +50,8 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | 
 
     A product of bfloat16 is rounded to bfloat16, which spoils scores: one of 20 is off by up to 0.06. A softmax does
     not change when a number is taken from all scores of a row, so what is rounded is their distance from one that is
-    among the largest, found by looking at a few: the token itself, the first ones, some of the others. That is exact
-    where weights are large. The shift is a channel of its own in the product.
+    among the largest, found by looking at a few: the token itself, the first ones, some of the others. Where weights
+    are large it is small, and so is its rounding. The shift is a channel of its own in the product.
     """
     out = _empty(query, value)
     if query.shape[2] < TOKENS or query.shape[2] != key.shape[2]:

@@ -176,8 +176,7 @@ def _compiled(region: Region, hints: Sequence[int], *, reads: Sequence[Kind], op
     inputs = _Inputs.of(hints, reads)
     module = copy.deepcopy(region.module)
     if all(kind.device.type == "cpu" for kind in reads):
-        names = [node.name for node in module.graph.nodes if node.op == "placeholder"][len(hints) :]
-        multiply_with_onednn(module.graph, {name: kind.dtype for name, kind in zip(names, reads, strict=True)})
+        multiply_with_onednn(module.graph)
         if blocked_attention.pays():
             blocked_attention.attend_in_blocks(module.graph)
         module.recompile()

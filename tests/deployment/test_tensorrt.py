@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployment.onnx_cases import needs_onnx, parsed
 from deployment.tensorrt_cases import (
     ARCHITECTURES,
-    LONGEST,
     TARGETS,
     check_prompt,
     check_steps,
@@ -58,7 +56,6 @@ def test_without_a_press() -> None:
     check_steps(captured_model("llama"), model, 53, check_prompt(model, prefills(model), 53))
 
 
-@needs_onnx
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [
@@ -67,13 +64,11 @@ def test_without_a_press() -> None:
         for column, arch in enumerate(ARCHITECTURES)
     ],
 )
-def test_steps_are_built(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_steps_are_built(arch: str, dtype: torch.dtype) -> None:
     """What reads on behind a prompt is the same for all presses; Gemma 3 has a ring and a full layer."""
     small = {"num_hidden_layers": 2 if arch == "gemma3_text" else 1}
     model = kvpass.compile(tiny_model(arch, dtype=dtype, **small), backend="eager")
-    for phase, tokens in ((Phase.EXTEND, (2, LONGEST)), (Phase.DECODE, (1, 1))):
-        program = step_program(model, "tensorrt", phase, 1, LONGEST)
-        assert parsed(phase.value, [tokens], program, tmp_path / phase.value).build(TARGETS)
+    for phase in (Phase.EXTEND, Phase.DECODE):
         network = step(model, phase).network
         names = [network.definition.get_output(i).name for i in range(network.definition.num_outputs)]
         assert names[0] == "logits" and len({*names, *network.profile}) == len(names) + len(network.profile)

@@ -9,6 +9,7 @@ from deployment.onnx_cases import Parsed, needs_onnx, parsed
 from deployment.tensorrt_cases import (
     ARCHITECTURES,
     LONGEST,
+    TARGETS,
     distinct_ids,
     model_with,
     needs_tensorrt,
@@ -48,7 +49,24 @@ def test_new_tokens(arch: str, phase: Phase, tmp_path: Path) -> None:
             for layer in (n for n, shape in enumerate(layers) if shape.ring is None):
                 mine = found[f"keys_{layer}"][:, :, : cache.kept(layer)]
                 torch.testing.assert_close(mine, cache.keys(layer), atol=2e-5, rtol=1e-4)
-    assert step.build(["SM89"])
+    assert step.build(TARGETS)
+
+
+@pytest.mark.parametrize("phase", [Phase.EXTEND, Phase.DECODE])
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [
+        pytest.param(arch, dtype, marks=[] if row == column else pytest.mark.exhaustive)
+        for row, dtype in enumerate((torch.float16, torch.bfloat16))
+        for column, arch in enumerate(ARCHITECTURES)
+    ],
+)
+def test_new_tokens_in_half_precision(arch: str, dtype: torch.dtype, phase: Phase, tmp_path: Path) -> None:
+    """What is parsed is built; numbers are those of float32."""
+    model = kvpass.compile(tiny_model(arch, dtype=dtype), backend="eager")
+    counts = (1, 1) if phase is Phase.DECODE else (2, LONGEST)
+    step = parsed(phase.value, [counts], step_program(model, "tensorrt", phase, 1, LONGEST), tmp_path)
+    assert step.build(TARGETS)
 
 
 def test_a_package(tmp_path: Path) -> None:

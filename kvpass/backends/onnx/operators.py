@@ -145,10 +145,9 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def _top(x: Value, count: Value, dim: int, *, largest: bool) -> tuple[Value, Value]:
     """TopK, which takes no bfloat16 in this opset: float32 numbers have the same order."""
-    values, indices = op.TopK(
-        op.Cast(x, to=1) if x.dtype.name == "BFLOAT16" else x, count, axis=dim, largest=int(largest), sorted=1
-    )
-    return op.CastLike(values, x) if x.dtype.name == "BFLOAT16" else values, indices
+    cast = x.dtype.name == "BFLOAT16"
+    values, indices = op.TopK(op.Cast(x, to=1) if cast else x, count, axis=dim, largest=int(largest), sorted=1)
+    return op.CastLike(values, x) if cast else values, indices
 
 
 def _ints(values: Sequence[int]) -> Value:
