@@ -45,6 +45,10 @@ class Compactor(ScorerPress):
     def min_tokens(self) -> int:
         return max(2, self.sink_size_start + self.sink_size_end + 1)
 
+    @property
+    def example_tokens(self) -> int:
+        return self.min_tokens + NonCausalAttention(self.chunk_size).example_tokens
+
     def scalars(self, prompt: Prompt) -> dict[str, float]:
         return {} if self.blending is not None else {"ratio": prompt.ratio}
 

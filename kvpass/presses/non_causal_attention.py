@@ -31,6 +31,11 @@ class NonCausalAttention(ScorerPress):
         if self.chunk_size < 1:
             raise PressError(f"non_causal_attention: chunk_size={self.chunk_size}, expected at least 1")
 
+    @property
+    def example_tokens(self) -> int:
+        """More than one chunk: where there is one, torch takes it that there always is."""
+        return 2 * (self.min_tokens + self.chunk_size) + 61
+
     def score(self, x: PressInputs) -> Tensor:
         tokens = x.keys.shape[2]
         queries = x.per_kv_head(self._chunks(x.queries))  # [B, Hkv, G, P, c, D]
