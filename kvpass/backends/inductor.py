@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from kvpass.backends import blocked_attention
 from kvpass.backends.onednn import multiply_with_onednn
 from kvpass.backends.regions import Region, Regions, cut_regions
+from kvpass.backends.replay import Buffers, Code, Replay, code_of
 from kvpass.ir.program import STORED, KVProgram, Role
 from kvpass.ir.symbols import Size, SymbolicShapes, expression
 
@@ -74,9 +75,19 @@ class Guarded:
 
 @dataclass(frozen=True)
 class Piece(Guarded):
-    """A compiled region."""
+    """A compiled region; `code` is what it runs, where that can be replayed."""
 
     run: Callable[..., Sequence[Tensor]]
+    code: Code | None = None
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A graph for inputs of some shapes."""
+
+    sizes: Mapping[Any, int]
+    pieces: Sequence[Piece]
+    run: Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ class RegionalGraph:
         self._pieces: dict[object, list[Piece]] = {}  # by the text of a region and the kinds that it reads
         self._left: dict[object, list[Left]] = {}  # by the same
         self._joined: dict[tuple[int, ...], Callable[..., tuple[Tensor, ...]]] = {}  # by the pieces in their order
-        self._ready: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, ...]]] = {}
+        self._ready: dict[tuple[torch.Size, ...], _Ready] = {}
 
     @property
     def compiled(self) -> int:
@@ -115,20 +126,56 @@ class RegionalGraph:
         return sum(map(len, self._pieces.values()))
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        shapes = tuple(map(_shape_of, inputs))
+        return self._for_shapes(tuple(map(_shape_of, inputs))).run(*inputs)
+
+    def record(self, inputs: Sequence[Tensor]) -> Replay | None:
+        """Run a step so that it can be replayed on the same cache; None, and nothing has run, if it cannot be.
+
+        What is not of the cache is copied in at every replay.
+        """
+        ready = self._for_shapes(tuple(map(_shape_of, inputs)))
+        if any(piece.code is None for piece in ready.pieces):
+            return None
+        copied = tuple(i for i, port in enumerate(self.program.inputs) if port.role not in STORED)
+        with torch.inference_mode(False):  # else they could not be written to outside of it
+            own = tuple(t.clone() if i in copied else t for i, t in enumerate(inputs))
+        values = dict(zip(self._inputs, own, strict=True)) | self._weights
+        for node in self.cut.views:
+            values[node] = node.target(values[node.args[0]], *node.args[1:])  # type: ignore[index,operator]
+        calls: list[Any] = []
+        buffers, together = Buffers(), self._read_by_the_next(ready.pieces)
+        for region, piece, near in zip(self.cut.regions, ready.pieces, together, strict=True):
+            assert piece.code is not None
+            run = piece.code.noting(calls, buffers.of(piece, apart=not near))
+            found = run(*(ready.sizes[symbol] for symbol in region.sizes), *(values[node] for node in region.reads))
+            values |= dict(zip(region.leaves, found, strict=True))
+        outputs = tuple(values[node] for node in self.program.output_node().args[0])  # type: ignore[union-attr,index]
+        return Replay(own, outputs, tuple(calls), copied)
+
+    def _read_by_the_next(self, pieces: Sequence[Piece]) -> list[bool]:
+        """For each region whether nobody reads what it leaves when its code runs for the second time after it."""
+        last: dict[Node, int] = dict.fromkeys(self.program.output_node().all_input_nodes, len(pieces))
+        for i, region in enumerate(self.cut.regions):
+            for node in region.reads:
+                last[node] = max(i, last.get(node, 0))
+        found = []
+        for i, region in enumerate(self.cut.regions):
+            again = [j for j in range(i + 1, len(pieces)) if pieces[j] is pieces[i]][1:2]
+            found.append(all(last.get(leaf, i) < j for j in again for leaf in region.leaves))
+        return found
+
+    def _for_shapes(self, shapes: tuple[torch.Size, ...]) -> "_Ready":
         if shapes not in self._ready:
             if len(self._ready) == REMEMBERED:
                 self._ready.clear()
-            self._ready[shapes] = self._for_shapes(shapes)
-        return self._ready[shapes](*inputs)
-
-    def _for_shapes(self, shapes: Sequence[torch.Size]) -> Callable[..., tuple[Tensor, ...]]:
-        sizes = {symbol: shapes[i][axis] for symbol, (i, axis) in self._where.items()}
-        pieces = self._chosen(sizes)
-        order = tuple(map(id, pieces))
-        if order not in self._joined:
-            self._joined[order] = _joined(self.program, self.cut, list(sizes), list(self._weights), pieces)
-        return partial(self._joined[order], tuple(sizes.values()), tuple(self._weights.values()))
+            sizes = {symbol: shapes[i][axis] for symbol, (i, axis) in self._where.items()}
+            pieces = self._chosen(sizes)
+            order = tuple(map(id, pieces))
+            if order not in self._joined:
+                self._joined[order] = _joined(self.program, self.cut, list(sizes), list(self._weights), pieces)
+            run = partial(self._joined[order], tuple(sizes.values()), tuple(self._weights.values()))
+            self._ready[shapes] = _Ready(sizes, pieces, run)
+        return self._ready[shapes]
 
     def _chosen(self, sizes: Mapping[Any, int]) -> list[Piece]:
         """The code of each region, by the kinds of tensors that it reads from those before it."""
@@ -182,7 +229,7 @@ def _compiled(region: Region, hints: Sequence[int], *, reads: Sequence[Kind], op
         module.recompile()
     with torch.no_grad():
         run = torch._inductor.compile(module, list(inputs.values), dict(options))
-    return Piece(inputs.guards(), run)
+    return Piece(inputs.guards(), run, code_of(run))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kvpass.backends.replay import Replay
 from kvpass.errors import CacheError
 from kvpass.ir.program import STORED, Port
 from kvpass.runtime.layout import CacheLayout, Context, Extent
@@ -36,6 +37,7 @@ class CompressedCache(Cache):
         self._kept: list[Tensor | None] = [None] * len(layout.layers)  # positions of what the prefill left
         self._room = 0  # tokens that can come before anything must be looked at again
         self._bound: tuple[Sequence[Port], list[Any]] | None = None  # what `storage` found last
+        self.step: Replay | None = None  # the last decode step, which was recorded with this storage
         self._rings: Stored = {}  # those at the end of the context, kept from when new tokens overwrite them
         self.lengths = torch.empty(0)  # i64[L, B], entries in use; of rings, tokens seen
         self.next_of_rows = torch.empty(0)  # i64[B], the position of the next token
@@ -70,7 +72,7 @@ class CompressedCache(Cache):
             buffers = self._buffers[layer]
             if rows is None and tensor.shape == buffers[which].shape:
                 self._buffers[layer] = (*buffers[:which], tensor, *buffers[which + 1 :])
-                self._bound = None
+                self._bound = self.step = None
             else:
                 held = buffers[which] if rows is None else buffers[which][rows]
                 held[:, :, : tensor.shape[2]] = tensor
@@ -82,7 +84,8 @@ class CompressedCache(Cache):
                 layer.buffers(batch, self.layout.slots(layer, need), self.device)
                 for layer, need in zip(self.layout.layers, entries, strict=True)
             ]
-            self._bound, self._room = None, 0
+            self._bound = self.step = None
+            self._room = 0
             self.lengths = torch.zeros(len(entries), batch, dtype=torch.int64, device=self.device)
             self.next_of_rows = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._extent = Extent.empty(batch)
@@ -169,7 +172,8 @@ class CompressedCache(Cache):
             new = layer.buffers(self.lengths.shape[1], capacity, self.device)
             for target, source in zip(new, self._buffers[index], strict=True):
                 target[:, :, :used] = source[:, :, :used]
-            self._buffers[index], self._bound = new, None
+            self._buffers[index] = new
+            self._bound = self.step = None  # which hold the memory that was left
 
     def _entries(self, layer: int) -> list[int]:
         """How many entries each row has in use; of a ring, how many it has seen."""
