@@ -17,7 +17,8 @@ from kvpass.pass_manager import Pass
 QUERIES = 8  # of one KV head; with more of them a matrix product reads no more often than they do
 CHANNELS = 16  # float32 numbers in the widest vector register
 SUMS = 16  # of such registers that are added up at once, half of those there are
-BLOCK = 64  # slots whose values are summed at once; 16 and 32 were about as fast
+BLOCK = 64  # slots; what is left over then is never none or one in storage that a cache grows by itself
+PARTS = 8  # of whole blocks; 2 and 16 were about as fast
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class StreamCache(Pass):
              streamed_attention_0: f32[1, 2, 2, 16] = div(stack_1, sum(exp, [3]))
 
     Values of 32 bits are summed in as many columns as fit into vector registers side by side, as one sum a column would
-    walk over them once for each; those of 16 bits in blocks. What a softmax divides by is divided by at the end, not
-    once a pair. Sums are in float32.
+    walk over them once for each; those of 16 bits in parts, too. What a softmax divides by is divided by at the end,
+    not once a pair. Sums are in float32.
     """
 
     name: ClassVar[str] = "stream-cache"
@@ -85,7 +86,7 @@ def attention(scale: float | None) -> Callable[..., Tensor]:
         if mask is not None:
             scores = torch.where(mask, scores, float("-inf"))
         powers = torch.exp(scores - scores.amax(dim=-1, keepdim=True)).unsqueeze(-1)
-        sums = (_sums_of_columns if value.itemsize == 4 else _sums_of_blocks)(powers, summands)
+        sums = (_sums_of_columns if value.itemsize == 4 else _sums_of_parts)(powers, summands)
         return cast(sums / powers.sum(dim=3), value.dtype)
 
     return attended
@@ -101,23 +102,21 @@ def _computed_once(tensor: Tensor) -> Tensor:
 
 
 def _sums_of_columns(weights: Tensor, values: Tensor) -> Tensor:
-    """Of weights [1, Hkv, R, C, 1] and values [1, Hkv, C, Dv] the sums [1, Hkv, R, Dv]."""
-    rows, channels, width = weights.shape[2], values.shape[3], CHANNELS
-    while channels * rows > SUMS * width:
+    """Of weights [..., R, C, 1] and values [..., C, Dv] the sums [..., R, Dv]."""
+    rows, channels, width = range(weights.shape[-3]), values.shape[-1], CHANNELS
+    while channels * len(rows) > SUMS * width:
         width *= 2
-    columns = values.split(width if channels % width == 0 else channels, dim=3)
+    columns = values.split(width if channels % width == 0 else channels, dim=-1)
     return torch.stack(
-        [torch.cat([(weights[:, :, row] * column).sum(dim=2) for column in columns], dim=-1) for row in range(rows)],
-        dim=2,
+        [torch.cat([(weights[..., row, :, :] * column).sum(dim=-2) for column in columns], dim=-1) for row in rows],
+        dim=-2,
     )
 
 
-def _sums_of_blocks(weights: Tensor, values: Tensor) -> Tensor:
-    """The same, where values are cast on the way: 310 instead of 390 us of attention at 4,480 slots in bfloat16."""
-    rows, blocks = range(weights.shape[2]), values.shape[2] // BLOCK
-    whole = blocks * BLOCK
-    block_weights = weights[:, :, :, :whole].unflatten(3, (blocks, BLOCK))
-    block_values = values[:, :, :whole].unflatten(2, (blocks, BLOCK))
-    sums = torch.stack([(block_weights[:, :, row] * block_values).sum(dim=3) for row in rows], dim=2).sum(dim=3)
-    rest = [(weights[:, :, row, whole:] * values[:, :, whole:]).sum(dim=2) for row in rows]
-    return sums + torch.stack(rest, dim=2)
+def _sums_of_parts(weights: Tensor, values: Tensor) -> Tensor:
+    """The same of [1, Hkv, ...], slots in parts, so that threads have equal shares of three KV heads, too."""
+    whole = values.shape[2] // BLOCK * BLOCK
+    length = whole // PARTS
+    part_weights = weights[:, :, :, :whole].unflatten(3, (PARTS, length)).transpose(2, 3)
+    sums = _sums_of_columns(part_weights, values[:, :, :whole].unflatten(2, (PARTS, length))).sum(dim=2)
+    return sums + _sums_of_columns(weights[:, :, :, whole:], values[:, :, whole:])

@@ -27,8 +27,8 @@ def test_one_layer() -> None:
 +stack: f32[1, 2, 2, C_0] = stack([sum(mul(keys_out_0, slice(as_strided, 2, 0, 1)), [-1]), sum(mul(keys_out_0, slice(as_strided, 2, 1, 2)), [-1])], 2)
 +where: f32[1, 2, 2, C_0] = where(flatten(expand(unsqueeze(unsqueeze(le, 1), 2), [-1, -1, 2, -1, -1]), 2, 3), stack, -inf)
 +unsqueeze_20: f32[1, 2, 2, C_0, 1] = unsqueeze(exp(sub(where, amax(where, [-1], True))), -1)
-+getitem: f32[1, 2, C_0, 16] = split(values_out_0, 16, 3)[0]
-+stack_1: f32[1, 2, 2, 16] = stack([cat([sum(mul(select(unsqueeze_20, 2, 0), getitem), [2])], -1), cat([sum(mul(select(unsqueeze_20, 2, 1), getitem), [2])], -1)], 2)
++getitem: f32[1, 2, C_0, 16] = split(values_out_0, 16, -1)[0]
++stack_1: f32[1, 2, 2, 16] = stack([cat([sum(mul(select(unsqueeze_20, 2, 0), getitem), [-2])], -1), cat([sum(mul(select(unsqueeze_20, 2, 1), getitem), [-2])], -1)], -2)
 +streamed_attention_0: f32[1, 2, 2, 16] = div(stack_1, sum(unsqueeze_20, [3]))
 +attended_0: f32[1, 4, 1, 16] = flatten(unflatten(streamed_attention_0, 2, [2, 1]), 1, 2)
 """,
