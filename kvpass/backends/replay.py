@@ -8,6 +8,7 @@ called with, and called again, as a CUDA graph does for a GPU.
 
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +78,13 @@ def _behind(function: object) -> Iterator[object]:
 
 
 def _parts(one: object) -> Iterator[object]:
-    if isinstance(one, types.MethodType):
-        yield one.__self__
+    """What can be called of what a function, method or object holds."""
+    held = [one.__self__] if isinstance(one, types.MethodType) else []
     for cell in getattr(one, "__closure__", None) or ():
-        if callable(cell.cell_contents):
-            yield cell.cell_contents
-    held = getattr(one, "__dict__", {})
-    yield from (part for part in held.values() if callable(part))
+        with suppress(ValueError):  # nothing is in it yet
+            held.append(cell.cell_contents)
+    held += getattr(one, "__dict__", {}).values()
+    yield from (part for part in held if callable(part) and not isinstance(part, type))
 
 
 @dataclass(frozen=True)
