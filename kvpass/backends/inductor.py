@@ -150,7 +150,7 @@ class RegionalGraph:
             found = run(*(ready.sizes[symbol] for symbol in region.sizes), *(values[node] for node in region.reads))
             values |= dict(zip(region.leaves, found, strict=True))
         outputs = tuple(values[node] for node in self.program.output_node().args[0])  # type: ignore[union-attr,index]
-        return Replay(own, outputs, tuple(calls), copied)
+        return Replay(self, own, outputs, tuple(calls), copied)
 
     def _read_by_the_next(self, pieces: Sequence[Piece]) -> list[bool]:
         """For each region whether nobody reads what it leaves when its code runs for the second time after it."""

@@ -1,7 +1,7 @@
 """Repeat the kernel calls of a step without the Python around them.
 
 What inductor writes for a region is Python that checks strides, allocates some twenty buffers, takes views of them and
-calls one kernel. For thirty layers of a small model that is a tenth to a sixth of a decode step, and the same at every
+calls one kernel. For thirty layers of a small model that is a tenth to a fifth of a decode step, and the same at every
 token: neither the cache nor the buffers need to be others. So the kernels of one step are noted with what they were
 called with, and called again, as a CUDA graph does for a GPU.
 """
@@ -91,16 +91,21 @@ def _parts(one: object) -> Iterator[object]:
 class Replay:
     """The kernel calls of a step; `inputs` are the tensors that they read and write, `outputs` what they leave."""
 
+    graph: object  # whose step it is
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     calls: tuple[tuple[Kernel, tuple[Any, ...]], ...]
     copied: tuple[int, ...]  # places of inputs that are copied in at every call
 
-    def serves(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether these are the tensors it was recorded with, or copies of their size."""
-        return len(inputs) == len(self.inputs) and all(
-            given is own or (place in self.copied and given.shape == own.shape)
-            for place, (given, own) in enumerate(zip(inputs, self.inputs, strict=True))
+    def serves(self, graph: object, inputs: Sequence[Tensor]) -> bool:
+        """Whether this is its graph, and these its tensors, or of their size where they are copied."""
+        return (
+            graph is self.graph
+            and len(inputs) == len(self.inputs)
+            and all(
+                given is own or (place in self.copied and given.shape == own.shape)
+                for place, (given, own) in enumerate(zip(inputs, self.inputs, strict=True))
+            )
         )
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -248,17 +248,20 @@ class Execution:
                     inputs[place] = torch.full((tokens.shape[0],), count, device=self.device)
                 case _:
                     inputs[place] = given[port.name]
-        outputs = self._ran(graph, cache, inputs)
+        one_row = (
+            whole and len(tokens) == 1
+        )  # of several rows, products are a library's; parts are other tensors each time
+        outputs = self._step(graph, cache, inputs) if one_row else graph.run(*inputs)
         if graph.returned:
             stored = [(port, outputs[place]) for place, port in graph.returned]
             cache.store(stored, None if whole else chosen)
         return outputs
 
-    def _ran(self, graph: PhaseGraph, cache: CompressedCache, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _step(self, graph: PhaseGraph, cache: CompressedCache, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run a graph; a decode step again as it was recorded with this cache, while that stays where it is."""
         if graph.program.phase is not Phase.DECODE or not isinstance(graph.run, RegionalGraph):
             return graph.run(*inputs)
-        if cache.step is not None and cache.step.serves(inputs):
+        if cache.step is not None and cache.step.serves(graph.run, inputs):
             return cache.step(inputs)
         cache.step = graph.run.record(inputs)
         return graph.run(*inputs) if cache.step is None else cache.step.left()
