@@ -248,9 +248,7 @@ class Execution:
                     inputs[place] = torch.full((tokens.shape[0],), count, device=self.device)
                 case _:
                     inputs[place] = given[port.name]
-        one_row = (
-            whole and len(tokens) == 1
-        )  # of several rows, products are a library's; parts are other tensors each time
+        one_row = whole and len(tokens) == 1  # products of several are a library's, a part is another tensor each time
         outputs = self._step(graph, cache, inputs) if one_row else graph.run(*inputs)
         if graph.returned:
             stored = [(port, outputs[place]) for place, port in graph.returned]
