@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,11 @@ TAKEN = sorted(set(OURS) - REFUSED)
 Named = dict[str, Tensor]
 
 
-def in_turn(shift: int = 0) -> list[Any]:
-    """Every press on every architecture, as (name, arch); one architecture a press if not `--exhaustive`."""
-    return [
-        pytest.param(name, arch, marks=[] if column == (row + shift) % 3 else pytest.mark.exhaustive)
-        for row, name in enumerate(TAKEN)
-        for column, arch in enumerate(ARCHITECTURES)
-    ]
+def every_press_in(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    """Each press that is taken on each architecture; the tests of one of these follow each other: they share a program."""
+    return pytest.mark.parametrize(
+        ("name", "arch", "dtype"), list(itertools.product(TAKEN, ARCHITECTURES, dtypes)), scope="module"
+    )
 
 
 needs_tensorrt = pytest.mark.skipif(
@@ -61,15 +60,15 @@ def model_with(name: str, arch: str = "llama", dtype: torch.dtype = torch.float3
     return kvpass.compile(one_layer(arch, dtype), press, 0.5 if press.needs_budget else None, backend="eager")
 
 
-@functools.cache
-def long_prefill(name: str, arch: str, dtype: torch.dtype = torch.float32) -> tuple[Prompts, ExportedProgram]:
+@functools.lru_cache(maxsize=2)  # hundreds of them would fill the memory
+def long_prefill(name: str, arch: str, dtype: torch.dtype) -> tuple[Prompts, ExportedProgram]:
     """For the prompts that the press itself compresses, as a program for engines."""
     model = model_with(name, arch, dtype)
     prompts = prompts_of(model._recipe.press, model._recipe.budget, 1, LONGEST)[-1]
     return prompts, prefill_program(model, "tensorrt", prompts, 1, LONGEST)
 
 
-def converted(name: str, arch: str, dtype: torch.dtype = torch.float32) -> "ConvertedPhase":
+def converted(name: str, arch: str, dtype: torch.dtype) -> "ConvertedPhase":
     """The network of `long_prefill`."""
     prompts, program = long_prefill(name, arch, dtype)
     return _converted(model_with(name, arch, dtype), "prefill", prompts.ranges, copy.deepcopy(program))

@@ -15,7 +15,7 @@ from deployment.tensorrt_cases import (
     check_steps,
     converted,
     distinct_ids,
-    in_turn,
+    every_press_in,
     long_prefill,
     model_with,
     needs_tensorrt,
@@ -35,9 +35,9 @@ LENGTHS = (53, 149)  # neither is an example's
 
 
 @needs_tensorrt
-@pytest.mark.parametrize(("name", "arch"), in_turn())
-def test_it_computes_the_same_and_is_built(name: str, arch: str) -> None:
-    model, phase = model_with(name, arch), converted(name, arch)
+@every_press_in(torch.float32)
+def test_it_computes_the_same_and_is_built(name: str, arch: str, dtype: torch.dtype) -> None:
+    model, phase = model_with(name, arch), converted(name, arch, dtype)
     for tokens in LENGTHS:
         check_steps(one_layer(arch), model, tokens, check_prompt(model, [phase], tokens))
     assert phase.network.build(TARGETS)
@@ -45,10 +45,10 @@ def test_it_computes_the_same_and_is_built(name: str, arch: str) -> None:
 
 @needs_tensorrt
 @needs_onnx
-@pytest.mark.parametrize(("name", "arch"), in_turn())
-def test_onnx_computes_the_same_and_is_built(name: str, arch: str, tmp_path: Path) -> None:
+@every_press_in(torch.float32)
+def test_onnx_computes_the_same_and_is_built(name: str, arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The same program through ONNX: as ONNX Runtime runs it, and as TensorRT's own parser reads it."""
-    model, (prompts, program) = model_with(name, arch), long_prefill(name, arch)
+    model, (prompts, program) = model_with(name, arch), long_prefill(name, arch, dtype)
     phase = parsed("prefill", prompts.ranges, program, tmp_path)
     for tokens in LENGTHS:
         found = check_prompt(model, [phase], tokens)
