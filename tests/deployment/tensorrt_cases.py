@@ -34,7 +34,7 @@ Named = dict[str, Tensor]
 
 
 def every_press_in(*dtypes: torch.dtype) -> pytest.MarkDecorator:
-    """Each press that is taken on each architecture; the tests of one of these follow each other: they share a program."""
+    """Each press that is taken on each architecture; tests of one case follow each other, for they share a program."""
     return pytest.mark.parametrize(
         ("name", "arch", "dtype"), list(itertools.product(TAKEN, ARCHITECTURES, dtypes)), scope="module"
     )
