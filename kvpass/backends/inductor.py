@@ -16,6 +16,7 @@ from kvpass.backends import blocked_attention
 from kvpass.backends.onednn import multiply_with_onednn
 from kvpass.backends.regions import Region, Regions, cut_regions
 from kvpass.backends.replay import Buffers, Code, Replay, code_of
+from kvpass.ir.kind import Kind
 from kvpass.ir.program import STORED, KVProgram, Role
 from kvpass.ir.symbols import Size, SymbolicShapes, expression
 
@@ -27,39 +28,6 @@ _shape_of = operator.attrgetter("shape")
 def mode_options(mode: str | None) -> dict[str, Any]:
     """What a mode of torch.compile means to inductor; `RuntimeError` for an unknown one, as torch.compile has it."""
     return {} if mode is None else dict(torch._inductor.list_mode_options(mode))
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What code is compiled for: sizes and strides of a tensor as expressions, its dtype and device."""
-
-    shape: tuple[Any, ...]
-    stride: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Kind":
-        shape, stride = ([expression(size) for size in sizes] for sizes in (tensor.shape, tensor.stride()))
-        return cls(tuple(shape), tuple(stride), tensor.dtype, tensor.device)
-
-    @classmethod
-    def contiguous(cls, tensor: Tensor) -> "Kind":
-        shape = tuple(expression(size) for size in tensor.shape)
-        stride = tuple(sympy.Mul(*shape[axis + 1 :]) for axis in range(len(shape)))
-        return cls(shape, stride, tensor.dtype, tensor.device)
-
-    def replaced(self, symbols: Mapping[Any, Any]) -> "Kind":
-        shape, stride = (tuple(size.xreplace(symbols) for size in sizes) for sizes in (self.shape, self.stride))
-        return Kind(shape, stride, self.dtype, self.device)
-
-    def fake(self, shapes: SymbolicShapes) -> Tensor:
-        def made(expr: Any) -> Size:
-            return int(expr) if expr.is_Integer else shapes.shape_env.create_symintnode(expr, hint=None)
-
-        with shapes.fake_mode:
-            shape, stride = ([made(size) for size in sizes] for sizes in (self.shape, self.stride))
-            return torch.empty_strided(shape, stride, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True)

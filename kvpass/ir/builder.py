@@ -1,18 +1,22 @@
 """The only way to create nodes: trace a plain tensor function on fake values and inline what it did."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from kvpass.errors import PressError
 from kvpass.ir.attention_site import AttentionSite
+from kvpass.ir.kind import Kind, with_sizes
 from kvpass.ir.program import KVProgram, Origin, Port
+from kvpass.ir.symbols import SymbolicShapes, symbols_in
 
 TensorFunction = Callable[..., Tensor | tuple[Tensor, ...]]
 NamedTensorFunction = Callable[..., dict[str, Tensor]]
@@ -26,7 +30,7 @@ class GraphBuilder:
     made_by: str
     _shared: dict[str, Node] = field(default_factory=dict, init=False)
     _heads: set[Node] = field(default_factory=set, init=False)
-    _traces: dict[Hashable, GraphModule] = field(default_factory=dict, init=False)
+    _traces: dict[Hashable, tuple[GraphModule, list[Any]]] = field(default_factory=dict, init=False)
 
     def placeholder(self, port: Port, value: Tensor) -> Node:
         """A new typed input, behind the ones that are there."""
@@ -66,10 +70,13 @@ class GraphBuilder:
         """Trace `function` on the values of `inputs` and put its nodes right behind the last of them.
 
         `names` are the roles of the outputs: `scores` in layer 3 becomes the node `scores_3`. `like` is the node
-        whose module stack the new ones inherit. Calls with an equal `key` and inputs of equal shapes reuse one
-        trace, if `reuse()` allows it after tracing, so that thirty equal layers are traced once. A node that depends
-        on nothing of a layer is created once for all of them.
+        whose module stack the new ones inherit. Calls with an equal `key` (of a function without variables of others:
+        the function) and inputs of shapes that are equal but for names of sizes reuse one trace, if `reuse()` allows it
+        after tracing, so that thirty equal layers are traced once. A node that depends on nothing of a layer is created
+        once for all of them.
         """
+        if key is None and getattr(function, "__closure__", function) is None:
+            key = function
         results = self._inline(_numbered(function), inputs, names, layer, like, key, reuse)
         return tuple(results.values())
 
@@ -96,18 +103,18 @@ class GraphBuilder:
         key: Hashable,
         reuse: Callable[[], bool],
     ) -> dict[str, Node]:
-        trace = self._trace(function, inputs, key, reuse)
+        graph, trace = self._trace(function, inputs, key, reuse)
         placed: dict[Node, Node] = {}
-        sources = [node for node in trace.graph.nodes if node.op == "placeholder"]
+        sources = [node for node in graph.nodes if node.op == "placeholder"]
         placed.update(zip(sources, inputs, strict=True))
-        returned: dict[str, Node] = trace.graph.output_node().args[0]  # type: ignore[assignment]
+        returned: dict[str, Node] = graph.output_node().args[0]  # type: ignore[assignment]
         results = dict(zip(names, returned.values(), strict=True)) if names is not None else dict(returned)
         roles = {node: name for name, node in results.items()}
         stack = (like or max(inputs)).meta.get("nn_module_stack", {})
         position = _after(max(inputs))
         while position in self._heads:  # they may be read
             position = position.next
-        for node in trace.graph.nodes:
+        for node in graph.nodes:
             if node.op == "get_attr":
                 placed[node] = self._subgraph(trace, node, position)
             if node.op != "call_function":
@@ -174,12 +181,17 @@ class GraphBuilder:
 
     def _trace(
         self, function: NamedTensorFunction, inputs: Sequence[Node], key: Hashable, reuse: Callable[[], bool]
-    ) -> GraphModule:
+    ) -> tuple[Graph, GraphModule]:
+        """The graph of what a function does with its inputs, and the module that holds the bodies of its loops."""
         shapes = self.program.shapes
         values = [node.meta["val"] for node in inputs]
-        layout = tuple((tuple(map(shapes.text, v.shape)), v.dtype, v.device) for v in values)
-        if key is not None and (key, layout) in self._traces:
-            return self._traces[key, layout]
+        symbols = list(dict.fromkeys(symbol for value in values for symbol in symbols_in(value)))
+        places = {symbol: sympy.Symbol(f"z{i}", integer=True, positive=True) for i, symbol in enumerate(symbols)}
+        layout = (key, *map(shapes.range_of, symbols), *(Kind.of(value).replaced(places) for value in values))
+        if key is not None and layout in self._traces:
+            trace, those = self._traces[layout]
+            there = dict(zip(those, symbols, strict=True))
+            return (trace.graph if those == symbols else _with_sizes(trace.graph, there, shapes)), trace
         before = shapes.specialized()
         with shapes.fake_mode, torch.no_grad():
             try:
@@ -200,8 +212,18 @@ class GraphBuilder:
             )
         trace.graph.eliminate_dead_code()
         if key is not None and reuse():
-            self._traces[key, layout] = trace
-        return trace
+            self._traces[layout] = trace, symbols
+        return trace.graph, trace
+
+
+def _with_sizes(graph: Graph, symbols: Mapping[Any, Any], shapes: SymbolicShapes) -> Graph:
+    """A copy whose values have other symbols in their sizes."""
+    copy = Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.op == "call_function":
+            node.meta = {"val": with_sizes(node.meta["val"], symbols, shapes)}
+    return copy
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -62,6 +62,14 @@ class SymbolicShapes:
     def __getitem__(self, name: str) -> Size:
         return self._sizes[name]
 
+    def size(self, expr: Any) -> Size:
+        """The size that an expression of torch's symbols says."""
+        return int(expr) if expr.is_Integer else self.shape_env.create_symintnode(expr, hint=None)
+
+    def range_of(self, symbol: Any) -> object:
+        """Hint, least and greatest value of one of torch's symbols: what tracing may ask of it; itself if unknown."""
+        return self._ranges[str(self._names[symbol])] if symbol in self._names else symbol
+
     def declared(self) -> dict[str, int | tuple[int, int, int]]:
         """All sizes by name: a constant, or hint, least and greatest value, as `fix` and `dim` take them."""
         return {name: size if isinstance(size, int) else self._ranges[name] for name, size in self._sizes.items()}
