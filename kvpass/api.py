@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from transformers import GenerationConfig, PretrainedConfig
 
-from kvpass.backends import TENSORRT
+from kvpass.backends import TENSORRT, get_ready
 from kvpass.backends.engine_sizes import Profile, checked_profile
 from kvpass.budget import Budget
 from kvpass.capture import capture
@@ -146,6 +146,7 @@ def compile(
     budget = Budget(ratio, target_size)
     if chosen is not None and chosen.needs_budget and budget.keeps_all:
         chosen = None
+    get_ready(backend)
     captured = model
     if not isinstance(captured, CapturedModel):
         captured = capture_model(

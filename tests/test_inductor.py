@@ -1,11 +1,13 @@
 """What torch.compile makes of the graphs: equal to eager, compiled once for all lengths, the cache never copied."""
 
 import re
+import threading
 
 import pytest
 import torch
 from models import captured_model, eager_model, token_ids
 from torch._dynamo.utils import counters
+from torch._inductor import cpu_vec_isa
 from torch._inductor.utils import run_and_get_code
 
 import kvpass
@@ -148,3 +150,17 @@ def test_a_token_is_read_without_looking_at_every_layer(monkeypatch: pytest.Monk
     for _ in range(20):
         model(input_ids=token_ids(1, 1), past_key_values=cache)
     assert cache.seen_tokens == 112
+
+
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_the_cpu_is_asked_for_its_instructions_beside_the_capture(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_by: list[threading.Thread] = []
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: asked_by.append(threading.current_thread()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kvpass.compile(captured_model("llama"), backend=backend)
+    for thread in threading.enumerate():
+        if thread.name == "kvpass-get-ready":
+            thread.join()
+    assert len(asked_by) == (backend == "inductor") and threading.main_thread() not in asked_by

@@ -1,10 +1,12 @@
 """Ways to run a lowered graph, one a file."""
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import cpu_vec_isa
 
 from kvpass.backends.eager import run_eagerly
 from kvpass.backends.engine_sizes import EngineSizes
@@ -16,6 +18,15 @@ from kvpass.ir.program import KVProgram
 
 Runner = Callable[..., tuple[Tensor, ...]]
 TENSORRT = "tensorrt"
+
+
+def get_ready(backend: str | Callable[..., Any]) -> None:
+    """Begin what a backend needs to know before it compiles and takes seconds to find out, beside the capture.
+
+    Inductor compiles and loads a library for each kind of vector instructions that the CPU has.
+    """
+    if backend == "inductor" and not torch.cuda.is_available():
+        Thread(target=cpu_vec_isa.valid_vec_isa_list, name="kvpass-get-ready", daemon=True).start()
 
 
 def make_runner(
