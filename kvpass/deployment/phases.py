@@ -170,7 +170,7 @@ def _exported(module: nn.Module, examples: Examples) -> ExportedProgram:
     signature.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in examples])
     module.forward = named
     tensors, axes = zip(*examples.values(), strict=True)
-    # Filling torch's cache of fake results costs more than it saves: it is seldom asked the same with symbolic sizes.
+    # Filling torch's cache of fake results costs more than it saves.
     with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         program = export(
             module,

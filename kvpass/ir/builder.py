@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import SymBool, SymFloat, Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -188,10 +188,11 @@ class GraphBuilder:
         symbols = list(dict.fromkeys(symbol for value in values for symbol in symbols_in(value)))
         places = {symbol: sympy.Symbol(f"z{i}", integer=True, positive=True) for i, symbol in enumerate(symbols)}
         layout = (key, *map(shapes.range_of, symbols), *(Kind.of(value).replaced(places) for value in values))
-        if key is not None and layout in self._traces:
-            trace, those = self._traces[layout]
-            there = dict(zip(those, symbols, strict=True))
-            return (trace.graph if those == symbols else _with_sizes(trace.graph, there, shapes)), trace
+        trace, those = self._traces.get(layout, (None, [])) if key is not None else (None, [])
+        if trace is not None and those == symbols:
+            return trace.graph, trace
+        if trace is not None and _can_be_renamed(trace.graph):
+            return _with_sizes(trace.graph, dict(zip(those, symbols, strict=True)), shapes), trace
         before = shapes.specialized()
         with shapes.fake_mode, torch.no_grad():
             try:
@@ -214,6 +215,12 @@ class GraphBuilder:
         if key is not None and reuse():
             self._traces[layout] = trace, symbols
         return trace.graph, trace
+
+
+def _can_be_renamed(graph: Graph) -> bool:
+    """Whether `_with_sizes` reaches all sizes: not those in the body of a loop, nor what was found out about sizes."""
+    values = [node.meta.get("val") for node in graph.nodes]
+    return not graph.find_nodes(op="get_attr") and not any(isinstance(v, SymBool | SymFloat) for v in values)
 
 
 def _with_sizes(graph: Graph, symbols: Mapping[Any, Any], shapes: SymbolicShapes) -> Graph:
