@@ -60,47 +60,49 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | 
         )
         return out.copy_(attended)
     heads = query.shape[1] // key.shape[1]
+    by_token, written = query.transpose(1, 2), out.transpose(1, 2)
     for b in range(query.shape[0]):
         for g in range(key.shape[1]):
             own = slice(g * heads, (g + 1) * heads)
-            _attend(query[b, own], key[b, g], value[b, g].contiguous(), out[b, own], scale)
+            _attend(by_token[b, :, own], key[b, g], value[b, g].contiguous(), written[b, :, own], scale)
     return out
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float | None) -> None:
-    """Write attention [R, S, Dv] of the query heads [R, S, D] of one KV head, key [S, D], value [S, Dv], into `out`."""
-    heads, tokens, channels = query.shape
+    """Write attention [S, R, Dv] of the query heads [S, R, D] of one KV head, key [S, D], value [S, Dv], into `out`."""
+    tokens, heads, channels = query.shape
     step = ROWS // heads or 1
-    shifted_keys = key.new_zeros(tokens, channels + PADDING)
-    shifted_keys[:, :channels], shifted_keys[:, channels] = key, 1
-    queries = query.new_zeros(heads, step, channels + PADDING)
+    rows, keys = _shifted(query, key)
     memory = query.new_empty(heads * step * tokens)
-    spacing = -(-tokens // SPACED)
-    looked_at = torch.cat([key[:SINKS], key[SINKS::spacing]])
-    later = torch.ones(step, step, dtype=torch.bool).triu(1)
+    later = torch.full((step, step), -math.inf, dtype=query.dtype).triu(1).unsqueeze(1)
     for start in range(0, tokens, step):
         end = min(start + step, tokens)
-        rows = queries[:, : end - start]
-        states = rows[..., :channels]
-        states.copy_(query[:, start:end])
-        large = (states * key[start:end]).sum(dim=-1)
-        if start >= SINKS:
-            before = looked_at[: SINKS + -(-(start - SINKS) // spacing)]
-            large = torch.maximum(large, torch.matmul(states, before.t()).amax(dim=-1))
-        rows[..., channels] = -large
         scores = memory[: heads * (end - start) * end].view(-1, end)
         torch.addmm(
             scores,
-            rows.reshape(-1, rows.shape[2]),
-            shifted_keys[:end].t(),
+            rows[start:end].flatten(0, 1),
+            keys[:end].t(),
             beta=0,
             alpha=channels**-0.5 if scale is None else scale,
             out=scores,
         )
-        by_head = scores.view(heads, end - start, end)
-        by_head[..., start:].masked_fill_(later[: end - start, : end - start], -math.inf)
+        scores.view(end - start, heads, end)[..., start:] += later[: end - start, :, : end - start]
         weights = torch.softmax(scores, dim=-1, out=scores)
-        out[:, start:end] = torch.mm(weights, value[:end]).view(heads, end - start, -1)
+        out[start:end] = torch.mm(weights, value[:end]).view(end - start, heads, -1)
+
+
+def _shifted(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Query heads [S, R, D + PADDING] and a key [S, D + PADDING] whose products are scores less one of the largest."""
+    tokens, heads, channels = query.shape
+    keys = key.new_zeros(tokens, channels + PADDING)
+    keys[:, :channels], keys[:, channels] = key, 1
+    rows = query.new_zeros(tokens, heads, channels + PADDING)
+    rows[..., :channels] = query
+    places = torch.arange(tokens)
+    looked_at = torch.cat([places[:SINKS], places[SINKS :: -(-tokens // SPACED)]])
+    before = torch.matmul(rows, keys[looked_at].t()).masked_fill_((looked_at > places[:, None]).unsqueeze(1), -math.inf)
+    rows[..., channels] = -torch.maximum((query * key.unsqueeze(1)).sum(dim=-1), before.amax(dim=-1))
+    return rows, keys
 
 
 def _empty(query: Tensor, value: Tensor) -> Tensor:
