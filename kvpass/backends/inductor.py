@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread
 from typing import Any, TypeVar
 
 import sympy
@@ -13,6 +14,7 @@ from torch import SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from kvpass.backends import blocked_attention
+from kvpass.backends.huge_pages import gather_in_huge_pages
 from kvpass.backends.onednn import multiply_with_onednn
 from kvpass.backends.regions import Region, Regions, cut_regions
 from kvpass.backends.replay import Buffers, Code, Replay, code_of
@@ -77,6 +79,8 @@ class RegionalGraph:
         self._inputs = list(program.placeholders())
         reads = dict.fromkeys(node for region in self.cut.regions for node in region.reads if node.op == "get_attr")
         self._weights = {node: program.attribute(node) for node in reads}
+        weights = list(self._weights.values())  # while code is compiled, which has the time
+        Thread(target=gather_in_huge_pages, args=(weights,), name="kvpass-huge-pages", daemon=True).start()
         self._where: dict[Any, tuple[int, int]] = {}  # input and axis that have a size; what is kept, read, stored
         rank = {Role.SIZE: 0} | dict.fromkeys(STORED, 2)
         for i, node in sorted(enumerate(self._inputs), key=lambda pair: rank.get(program.inputs[pair[0]].role, 1)):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from kvpass.backends.huge_pages import gather_in_huge_pages
+
 LINE = 2**28  # bytes that are read to measure the bandwidth, more than any cache holds
 SIDES = (128, 512, 2048)  # of the matrices that are multiplied; larger ones come nearer to the greatest rate
 LONG = 0.1  # seconds of one product, with which no larger matrices are tried
@@ -25,6 +27,7 @@ class Hardware:
 def measure_hardware(dtype: torch.dtype, device: torch.device, repeats: int = 7) -> Hardware:
     """Medians of reading memory (a sum) and of multiplying square matrices in `dtype`."""
     numbers = torch.ones(LINE // 4, dtype=torch.float32, device=device)
+    gather_in_huge_pages([numbers])  # where weights are, too
     reading = median(_seconds(numbers.sum, device) for _ in range(repeats))
     for side in SIDES:  # a CPU without instructions for `dtype` would multiply the largest ones for minutes
         left = torch.randn(side, side, device=device).to(dtype)
