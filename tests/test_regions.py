@@ -60,6 +60,7 @@ def test_equal_layers_are_one_text(
         assert len(regions) == alike + 2
         assert len({region.text for region in regions[1:-1]}) == 1
         assert len({region.text for region in regions}) == 3
+        assert len({id(region.graph) for region in regions}) == 3, "equal graphs are kept once"
         # states go to the next layer, and out of the graph the positions of what was kept
         assert [len(region.leaves) for region in regions[1:-1]] == [2 if press else 1] * alike
         # from one layer to the next go the states, and what all layers read of positions

@@ -141,7 +141,7 @@ def test_a_region_reads_the_cache_that_another_one_wrote() -> None:
     """And not a result of that region, which would be a copy."""
     program = sharing().graph(Phase.DECODE)
     regions = cut_regions(program).regions
-    writers = [i for i, region in enumerate(regions) if "index_put_" in str(region.module.graph)]
+    writers = [i for i, region in enumerate(regions) if "index_put_" in str(region.graph)]
     readers = [i for i, region in enumerate(regions) if program.input_node(Role.KEYS, 1) in region.reads]
     assert len(readers) > len(writers[1:]) == 1
     assert not [leaf.name for region in regions for leaf in region.leaves if "_out" in leaf.name]

@@ -1,9 +1,10 @@
 """Cut a lowered graph into regions, about one a decoder layer, so that equal ones are compiled once."""
 
+import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -38,14 +39,20 @@ class Region:
     """Neighbouring nodes of a program as a graph of their own; its inputs are `sizes`, then `reads`.
 
     `sizes` are symbols of the program, `reads` and `leaves` nodes of it. Regions with the same `text` compute the same
-    of their inputs.
+    of their inputs, and have one graph. `held` are the bodies of its loops.
     """
 
-    module: GraphModule
+    graph: Graph
+    held: Mapping[str, Any]
     sizes: tuple[Any, ...]
     reads: tuple[Node, ...]
     leaves: tuple[Node, ...]
     text: str
+
+    @functools.cached_property
+    def module(self) -> GraphModule:
+        """Made when it is asked for: of many regions that are equal one is compiled."""
+        return GraphModule(dict(self.held), self.graph)
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,11 @@ class _Cutter:
         self.written: dict[tuple[int, int], Region] = {}
 
     def regions(self) -> Iterator[Region]:
-        bounds = self._bounds()
-        for first, last in itertools.pairwise(bounds):
-            yield self.region(first, last)
+        alike: dict[str, Region] = {}
+        for first, last in itertools.pairwise(self._bounds()):
+            region = self.region(first, last)
+            known = alike.setdefault(region.text, region)
+            yield replace(region, graph=known.graph, held=known.held, text=known.text)
 
     # -- where to cut ------------------------------------------------------------------------------------------
 
@@ -178,8 +187,7 @@ class _Writer:
         read = (node for node in self.nodes if any(user not in at_home for user in node.users))
         leaves = tuple(node for node in read if not _writes(node))
         self.graph.output(tuple(self.new[node] for node in leaves))
-        module = GraphModule(self.held, self.graph)
-        return Region(module, tuple(self.sizes), tuple(self.reads), leaves, self._text())
+        return Region(self.graph, self.held, tuple(self.sizes), tuple(self.reads), leaves, self._text())
 
     def _attention_first(self) -> list[Node]:
         """The nodes in an order in which attention is as early as it can be.
