@@ -17,8 +17,8 @@ def gather_in_huge_pages(tensors: Iterable[Tensor]) -> int:
     """Have the system move memory of CPU tensors into huge pages, addresses and contents as before; how many bytes.
 
     An address costs a CPU a look into tables of pages, of which it remembers few: one token reads every weight once.
-    A decode step of SmolLM2-135M took 0.83 to 0.95 of the time in float32 and 0.94 to 1.02 in bfloat16 (pairs of
-    compiled models in turns, two cores of an EPYC). It takes a second for 500 MB, whoever reads them meanwhile.
+    A decode step of SmolLM2-135M took 0.92 of the time in float32 and 0.96 in bfloat16 (medians, two compiled models
+    in turns, two cores of an EPYC). Moving 500 MB takes a second, whoever reads them meanwhile.
     Nothing happens but on Linux 6.1 or later, with huge pages that are allowed and free; none of that is an error.
     """
     with suppress(OSError, AttributeError):  # another system
