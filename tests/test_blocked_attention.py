@@ -47,6 +47,18 @@ def test_it_is_as_exact_as_one_rounding(
     assert error(found, *given, scale) < 0.6 * error(rounded, *given, scale), "rounded scores would do as well"
 
 
+def test_a_large_score_of_a_later_token_does_not_count() -> None:
+    """Tokens before it are as exact as without it, though it is one of those that are looked at."""
+    late = blocked.SINKS + 50 * -(-TOKENS // blocked.SPACED)
+    query, key, value = tensors(1, 2, 1, 32)
+    query[..., 0] = 8
+    key[:, :, late] = 0
+    key[:, :, late, 0] = 40
+    found, kernel = blocked_attention(query, key, value, None), sdpa(query, key, value, is_causal=True, enable_gqa=True)
+    before = [tensor[:, :, :late] for tensor in (query, key, value)]
+    assert error(found[:, :, :late], *before) < 3 * error(kernel[:, :, :late], *before)
+
+
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_short_prompts_are_the_kernels(tokens: int) -> None:
     given = tensors(2, 4, 2, 16, tokens)
